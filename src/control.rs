@@ -150,6 +150,11 @@ pub enum ControlError {
 }
 
 impl ControlError {
+    /// Makes the error for an answer that does not belong to the request.
+    pub fn unexpected(path: &Path, answer: &Answer) -> Self {
+        Self::NoValidAnswer { path: path.to_owned(), problem: format!("unexpected answer {answer:?}") }
+    }
+
     /// Returns whether the request failed because no plugin listens at the socket.
     pub fn no_plugin_listens(&self) -> bool {
         matches!(self, Self::Socket { source, .. }
@@ -184,6 +189,11 @@ impl Connection {
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(failed)?;
         Ok(Self { path: path.to_owned(), lines: BufReader::new(stream).lines() })
+    }
+
+    /// Returns the path of the socket.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Waits for the next answer, without a time limit; `None` when the plugin has closed the connection.

@@ -3,6 +3,7 @@
 
 use std::{
     fs::File,
+    io,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::FileExt as _,
@@ -23,7 +24,8 @@ use nix::{
     },
 };
 
-use super::{CGROUP_ROOT, CgroupMode, CgroupPath, Cgroups};
+use super::{CGROUP_ROOT, CgroupError, CgroupMode, CgroupPath, Cgroups};
+use crate::files::none_if_missing;
 
 /// The length of a clock tick. USER_HZ is 100 on all architectures on which Linux runs containers (sysconf(3),
 /// `_SC_CLK_TCK`).
@@ -108,21 +110,32 @@ enum Groups {
 
 impl Cgroups {
     /// Measures a task's present usage. Returns `None` if its cgroup is gone.
-    pub fn usage(&self, task: &CgroupPath) -> Option<Usage> {
-        self.meter(task)?.usage()
+    ///
+    /// # Errors
+    /// Fails when a file of the cgroup can't be opened or read at the moment.
+    pub fn usage(&self, task: &CgroupPath) -> Result<Option<Usage>, CgroupError> {
+        let failed = |source| CgroupError { doing: "read the usage in", path: task.as_str().into(), source };
+        self.meter(task)?.map_or(Ok(None), |mut meter| meter.usage().map_err(failed))
     }
 
     /// Opens a task's cgroup for many measurements. Returns `None` if the cgroup is gone.
-    pub fn meter(&self, task: &CgroupPath) -> Option<Meter> {
-        let groups = match self.mode {
-            CgroupMode::V1 => Groups::V1 {
-                cpuacct: GroupDir::open(&task.in_hierarchy(&self.controller("cpuacct")))?,
-                cpu: GroupDir::open(&task.in_hierarchy(&self.controller("cpu")))?,
-                memory: GroupDir::open(&task.in_hierarchy(&self.controller("memory")))?,
-            },
-            CgroupMode::V2 => Groups::V2(GroupDir::open(&task.in_hierarchy(Path::new(CGROUP_ROOT)))?),
+    ///
+    /// # Errors
+    /// Fails when the cgroup can't be opened at the moment.
+    pub fn meter(&self, task: &CgroupPath) -> Result<Option<Meter>, CgroupError> {
+        let open = |hierarchy: &Path| {
+            let path = task.in_hierarchy(hierarchy);
+            none_if_missing(GroupDir::open(&path)).map_err(|source| CgroupError { doing: "open", path, source })
         };
-        Some(Meter::new(groups))
+        let groups = match self.mode {
+            CgroupMode::V1 => {
+                let (cpuacct, cpu) = (open(&self.controller("cpuacct"))?, open(&self.controller("cpu"))?);
+                let memory = open(&self.controller("memory"))?;
+                cpuacct.zip(cpu).zip(memory).map(|((cpuacct, cpu), memory)| Groups::V1 { cpuacct, cpu, memory })
+            }
+            CgroupMode::V2 => open(Path::new(CGROUP_ROOT))?.map(Groups::V2),
+        };
+        Ok(groups.map(Meter::new))
     }
 
     /// Returns the mount point of a controller of version 1, which is mounted alone or together with another one, as
@@ -141,17 +154,20 @@ impl Meter {
     }
 
     /// Measures the task's present usage. Returns `None` if its cgroup is gone.
-    pub fn usage(&mut self) -> Option<Usage> {
+    ///
+    /// # Errors
+    /// Fails when a file of the cgroup can't be opened or read at the moment. A later measurement may succeed.
+    pub fn usage(&mut self) -> io::Result<Option<Usage>> {
         let may_reuse = self.unchanged >= SETTLED_AFTER && !self.unchanged.is_multiple_of(FULL_READ_EVERY);
         let known = self.last.as_ref().filter(|_| may_reuse);
         let usage = match &mut self.groups {
-            Groups::V1 { cpuacct, cpu, memory } => read_version1(cpuacct, cpu, memory, known),
-            Groups::V2(group) => read_version2(group, known),
+            Groups::V1 { cpuacct, cpu, memory } => read_version1(cpuacct, cpu, memory, known)?,
+            Groups::V2(group) => read_version2(group, known)?,
         };
         let is_unchanged = usage.zip(self.last).is_some_and(|(now, last)| now.memory.usage == last.memory.usage);
         self.unchanged = if is_unchanged { self.unchanged.wrapping_add(1) } else { 0 };
         self.last = usage;
-        usage
+        Ok(usage)
     }
 }
 
@@ -163,18 +179,18 @@ fn read_version1(
     cpu: &mut GroupDir,
     memory: &mut GroupDir,
     known: Option<&Usage>,
-) -> Option<Usage> {
-    let total_ns = cpuacct.read_number("cpuacct.usage")?;
-    let memory_usage = memory.read_number("memory.usage_in_bytes");
+) -> io::Result<Option<Usage>> {
+    let Some(total_ns) = cpuacct.read_number("cpuacct.usage")? else { return Ok(None) };
+    let memory_usage = memory.read_number("memory.usage_in_bytes")?;
     let known = known.filter(|known| known.memory.usage == memory_usage);
     // If the task has not run since the last measurement, these two files are enough, and six others are not read.
     if let Some(known) = known.filter(|known| known.cpu.total_ns == total_ns) {
-        return Some(*known);
+        return Ok(Some(*known));
     }
     let (mut parts_text, mut cpu_text) = ([0; 128], [0; CPU_STAT_MAX]);
-    let parts = FlatKeyed(cpuacct.read("cpuacct.stat", &mut parts_text));
+    let parts = FlatKeyed(cpuacct.read("cpuacct.stat", &mut parts_text)?);
     let nanos = |name: &str| parts.get(name).map(|ticks| ticks.saturating_mul(NANOS_PER_TICK));
-    let throttling = FlatKeyed(cpu.read("cpu.stat", &mut cpu_text));
+    let throttling = FlatKeyed(cpu.read("cpu.stat", &mut cpu_text)?);
     let cpu = CpuUsage {
         total_ns,
         user_ns: nanos("user"),
@@ -182,13 +198,13 @@ fn read_version1(
         throttled_periods: throttling.get("nr_throttled"),
         throttled_ns: throttling.get("throttled_time"),
     };
-    let max_usage = memory.read_number("memory.max_usage_in_bytes");
+    let max_usage = memory.read_number("memory.max_usage_in_bytes")?;
     if let Some(known) = known.filter(|known| known.memory.max_usage == max_usage) {
-        return Some(Usage { cpu, memory: known.memory });
+        return Ok(Some(Usage { cpu, memory: known.memory }));
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
-    let stat = FlatKeyed(memory.read("memory.stat", &mut memory_text));
-    Some(Usage {
+    let stat = FlatKeyed(memory.read("memory.stat", &mut memory_text)?);
+    Ok(Some(Usage {
         cpu,
         memory: MemoryUsage {
             rss: stat.get("total_rss"),
@@ -196,50 +212,52 @@ fn read_version1(
             usage: memory_usage,
             max_usage,
             swap: stat.get("total_swap"),
-            kernel: memory.read_number("memory.kmem.usage_in_bytes"),
-            kernel_max: memory.read_number("memory.kmem.max_usage_in_bytes"),
+            kernel: memory.read_number("memory.kmem.usage_in_bytes")?,
+            kernel_max: memory.read_number("memory.kmem.max_usage_in_bytes")?,
         },
-    })
+    }))
 }
 
 /// Reads the usage on version 2 (cgroup-v2.rst). Times are in microseconds.
-fn read_version2(group: &mut GroupDir, known: Option<&Usage>) -> Option<Usage> {
+fn read_version2(group: &mut GroupDir, known: Option<&Usage>) -> io::Result<Option<Usage>> {
     let mut cpu_text = [0; CPU_STAT_MAX];
-    let table = FlatKeyed(group.read("cpu.stat", &mut cpu_text));
+    let table = FlatKeyed(group.read("cpu.stat", &mut cpu_text)?);
     let nanos = |name: &str| table.get(name).map(|micros| micros.saturating_mul(1000));
+    let Some(total_ns) = nanos("usage_usec") else { return Ok(None) };
     let cpu = CpuUsage {
-        total_ns: nanos("usage_usec")?,
+        total_ns,
         user_ns: nanos("user_usec"),
         system_ns: nanos("system_usec"),
         throttled_periods: table.get("nr_throttled"),
         throttled_ns: nanos("throttled_usec"),
     };
-    let memory_usage = group.read_number("memory.current");
-    let max_usage = group.read_number("memory.peak");
+    let memory_usage = group.read_number("memory.current")?;
+    let max_usage = group.read_number("memory.peak")?;
     if let Some(known) = known.filter(|known| (known.memory.usage, known.memory.max_usage) == (memory_usage, max_usage))
     {
-        return Some(Usage { cpu, memory: known.memory });
+        return Ok(Some(Usage { cpu, memory: known.memory }));
     }
     let mut memory_text = [0; MEMORY_STAT_MAX];
-    let stat = FlatKeyed(group.read("memory.stat", &mut memory_text));
+    let stat = FlatKeyed(group.read("memory.stat", &mut memory_text)?);
     // The total `kernel` exists only since Linux 5.18. On older kernels, its largest parts are added up.
     let parts = stat.get("kernel_stack").zip(stat.get("slab")).map(|(stack, slab)| stack + slab);
-    Some(Usage {
+    Ok(Some(Usage {
         cpu,
         memory: MemoryUsage {
             rss: stat.get("anon"),
             cache: stat.get("file"),
             usage: memory_usage,
             max_usage,
-            swap: group.read_number("memory.swap.current"),
+            swap: group.read_number("memory.swap.current")?,
             kernel: stat.get("kernel").or(parts),
             kernel_max: None,
         },
-    })
+    }))
 }
 
 /// The directory of a cgroup, and its files once they were read. The files are kept open, because opening and closing a
-/// file costs twice as much as reading it.
+/// file costs twice as much as reading it. A file that does not exist is `None`: the kernel, or this cgroup, does not
+/// have it.
 #[derive(Debug)]
 struct GroupDir {
     fd: OwnedFd,
@@ -278,41 +296,51 @@ impl Drop for KeepOpenPermit {
 }
 
 impl GroupDir {
-    fn open(path: &Path) -> Option<Self> {
-        let fd = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
-        Some(Self { fd, files: Vec::new(), keep_open: KeepOpenPermit::new() })
+    fn open(path: &Path) -> io::Result<Self> {
+        let fd = open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+        Ok(Self { fd, files: Vec::new(), keep_open: KeepOpenPermit::new() })
     }
 
     /// Returns the text of a file, or an empty text if the file does not exist.
-    fn read<'a>(&mut self, name: &'static str, buffer: &'a mut [u8]) -> &'a str {
-        // A read from the beginning of such a file returns the present state, however long the file has been open
-        // (seq_file.rst).
-        let all_of = |file: &File, buffer: &mut [u8]| {
-            let mut length = 0;
-            while let Ok(more @ 1..) = file.read_at(&mut buffer[length..], length as u64) {
-                length += more;
-                // The kernel returns up to a page at a time. If it returned less, the text is complete.
-                if length < 4096 {
-                    break;
-                }
+    fn read<'a>(&mut self, name: &'static str, buffer: &'a mut [u8]) -> io::Result<&'a str> {
+        let at = match self.files.iter().position(|(known, _)| *known == name) {
+            Some(at) => at,
+            None => {
+                let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+                let opened = openat(self.fd.as_fd(), name, flags, Mode::empty()).map_err(io::Error::from);
+                // Any other failure, such as a lack of descriptors, may not last. The next call tries again.
+                self.files.push((name, none_if_missing(opened)?.map(File::from)));
+                self.files.len() - 1
             }
-            length
         };
-        let known = self.files.iter().position(|(known, _)| *known == name);
-        let at = known.unwrap_or_else(|| {
-            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-            self.files.push((name, openat(self.fd.as_fd(), name, flags, Mode::empty()).ok().map(File::from)));
-            self.files.len() - 1
-        });
-        let length = self.files[at].1.as_ref().map_or(0, |file| all_of(file, buffer));
+        let length = self.files[at].1.as_ref().map_or(Ok(0), |file| read_all(file, buffer));
         if self.keep_open.is_none() {
             self.files.clear();
         }
-        std::str::from_utf8(&buffer[..length]).unwrap_or_default()
+        Ok(std::str::from_utf8(&buffer[..length?]).unwrap_or_default())
     }
 
-    fn read_number(&mut self, name: &'static str) -> Option<u64> {
-        self.read(name, &mut [0; 64]).trim().parse().ok()
+    fn read_number(&mut self, name: &'static str) -> io::Result<Option<u64>> {
+        Ok(self.read(name, &mut [0; 64])?.trim().parse().ok())
+    }
+}
+
+/// Reads a file of a cgroup from its beginning, and returns the length of its text. A read from the beginning returns
+/// the present state, however long the file has been open (seq_file.rst). The file of a cgroup that was removed, and one
+/// that this kernel can't read, is empty.
+fn read_all(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    loop {
+        match file.read_at(&mut buffer[length..], length as u64) {
+            Ok(0) => return Ok(length),
+            Ok(more) => length += more,
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => return Ok(0),
+            Err(error) => return Err(error),
+        }
+        // The kernel returns up to a page at a time. If it returned less, the text is complete.
+        if length < 4096 {
+            return Ok(length);
+        }
     }
 }
 
@@ -352,7 +380,7 @@ mod tests {
             ("memory.current", "33\n"),
             ("memory.swap.current", "0\n"),
         ]);
-        let usage = read_version2(&mut dir(&group), None).expect("a group");
+        let usage = read_version2(&mut dir(&group), None).expect("read").expect("a group");
         assert_eq!(
             (usage.cpu.total_ns, usage.cpu.user_ns, usage.cpu.throttled_ns),
             (3_000_000, Some(2_000_000), Some(7000))
@@ -378,7 +406,8 @@ mod tests {
             ("memory.usage_in_bytes", "33\n"),
             ("memory.max_usage_in_bytes", "50\n"),
         ]);
-        let usage = read_version1(&mut dir(&group), &mut dir(&group), &mut dir(&group), None).expect("a group");
+        let usage = read_version1(&mut dir(&group), &mut dir(&group), &mut dir(&group), None);
+        let usage = usage.expect("read").expect("a group");
         let CpuUsage { total_ns, user_ns, system_ns, throttled_periods, .. } = usage.cpu;
         assert_eq!((total_ns, user_ns, system_ns), (38_000_000, Some(20_000_000), Some(10_000_000)));
         assert_eq!(throttled_periods, Some(4));
@@ -398,7 +427,10 @@ mod tests {
         let (cpuacct, cpu, memory) = (dir(&group), dir(&group), dir(&group));
         let mut meter = Meter::new(Groups::V1 { cpuacct, cpu, memory });
         let set = |file: &str, text: &str| fs::write(group.path().join(file), text).expect("written");
-        let mut measure = || meter.usage().map(|usage| (usage.cpu.total_ns, usage.memory.rss)).expect("a group");
+        let mut measure = || {
+            let usage = meter.usage().expect("read").expect("a group");
+            (usage.cpu.total_ns, usage.memory.rss)
+        };
         // The first measurement, and as many as it takes until memory.stat is not read every time any more.
         for n in 0..=SETTLED_AFTER {
             set("memory.stat", &format!("total_rss {n}\n"));
@@ -426,7 +458,22 @@ mod tests {
     fn a_group_that_is_gone_has_no_usage() {
         let empty = group(&[]);
         let (mut one, mut two, mut three) = (dir(&empty), dir(&empty), dir(&empty));
-        assert_eq!((read_version1(&mut one, &mut two, &mut three, None), read_version2(&mut one, None)), (None, None));
-        assert!(GroupDir::open(Path::new("/nonexistent")).is_none());
+        assert_eq!(read_version1(&mut one, &mut two, &mut three, None).expect("read"), None);
+        assert_eq!(read_version2(&mut one, None).expect("read"), None);
+        assert!(none_if_missing(GroupDir::open(Path::new("/nonexistent"))).expect("looked").is_none());
+    }
+
+    /// A link that leads to itself stands for a file that can't be opened for lack of descriptors: unit tests share
+    /// their process's limit.
+    #[test]
+    fn a_file_that_can_not_be_opened_once_is_read_later() {
+        let group = group(&[("memory.current", "33\n"), ("memory.stat", "anon 10\n")]);
+        let file = group.path().join("cpu.stat");
+        std::os::unix::fs::symlink("cpu.stat", &file).expect("linked");
+        let mut meter = Meter::new(Groups::V2(dir(&group)));
+        assert_eq!(meter.usage().expect_err("the file can't be opened").raw_os_error(), Some(libc::ELOOP));
+        fs::remove_file(&file).expect("removed");
+        fs::write(&file, "usage_usec 3\n").expect("written");
+        assert_eq!(meter.usage().expect("read").map(|usage| usage.cpu.total_ns), Some(3000));
     }
 }

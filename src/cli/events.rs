@@ -5,7 +5,7 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use serde_json::json;
 
 use super::{CliError, CommonArgs, print_data, print_message, tasks};
-use crate::control::{Answer, Connection, Request};
+use crate::control::{Answer, Connection, ControlError, Request};
 
 /// Print what happens to tasks, as it happens
 #[derive(Args, Debug)]
@@ -22,13 +22,13 @@ fn format_time(millis: u64) -> String {
 }
 
 impl Events {
-    /// Prints events until interrupted.
+    /// Prints events until interrupted, or until no plugin is left. The exit code is 1 if a plugin failed to send them.
     ///
     /// # Errors
     /// Fails when no plugin runs on this host, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let mut open = Vec::new();
-        for (driver, places) in tasks::drivers(common) {
+        for (driver, places) in tasks::drivers(common)? {
             match Connection::open(&places.control(), &Request::Events).await {
                 Ok(connection) => open.push((driver, connection)),
                 Err(error) if error.no_plugin_listens() => {}
@@ -44,10 +44,25 @@ impl Events {
             (driver, connection, answer)
         };
         let mut waiting: FuturesUnordered<_> = open.into_iter().map(next).collect();
+        let mut exit_code = 0;
         while let Some((driver, connection, answer)) = waiting.next().await {
-            let Ok(Some(Answer::Event(event))) = answer else {
-                print_message(&format!("nomad-driver-shim: {driver}: its plugin has ended"));
-                continue;
+            let event = match answer {
+                Ok(Some(Answer::Event(event))) => event,
+                Ok(None) => {
+                    print_message(&format!("nomad-driver-shim: {driver}: its plugin has ended"));
+                    continue;
+                }
+                Ok(Some(other)) => {
+                    let error = ControlError::unexpected(connection.path(), &other);
+                    print_message(&format!("nomad-driver-shim: {driver}: {}", crate::error_chain(&error)));
+                    exit_code = 1;
+                    continue;
+                }
+                Err(error) => {
+                    print_message(&format!("nomad-driver-shim: {driver}: {}", crate::error_chain(&error)));
+                    exit_code = 1;
+                    continue;
+                }
             };
             if self.json {
                 let mut line = json!(event);
@@ -60,6 +75,6 @@ impl Events {
             }
             waiting.push(next((driver, connection)));
         }
-        Ok(0)
+        Ok(exit_code)
     }
 }

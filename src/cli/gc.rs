@@ -8,7 +8,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::{CliError, CommonArgs, ContainerdSession, parse_image, print_data, runs, table, tasks};
 use crate::{
-    control::{ANSWER_TIMEOUT, Answer, Garbage, Request, send_request},
+    control::{ANSWER_TIMEOUT, Answer, ControlError, Garbage, Request, send_request},
     files::create_private_dir,
     ids::DriverName,
     image::ImageError,
@@ -141,11 +141,11 @@ impl Gc {
         let (keep, keep_ended) = (duration("keep", &self.keep)?, duration("keep-ended", &self.keep_ended)?);
         let mut found: Vec<(String, Garbage)> = Vec::new();
         let mut has_driver_without_plugin = false;
-        for (driver, places) in tasks::drivers(common) {
+        for (driver, places) in tasks::drivers(common)? {
             let garbage =
                 match send_request(&places.control(), &Request::Gc { dry_run: self.dry_run }, ANSWER_TIMEOUT).await {
                     Ok(Answer::Removed(garbage)) => garbage,
-                    Ok(_) => Vec::new(),
+                    Ok(other) => vec![failure_entry(&ControlError::unexpected(&places.control(), &other))],
                     // If the lock is free, the plugin has ended during the request.
                     Err(error) if error.no_plugin_listens() || runs::has_ended(common, &driver) => {
                         // The remains of runs are removed below.
@@ -195,7 +195,7 @@ impl Gc {
     async fn gc_runs(&self, common: &CommonArgs) -> Result<Vec<(String, Garbage)>, CliError> {
         const WHY: &str = "the command that it belongs to has ended";
         let mut abandoned = Vec::new();
-        let runs = tasks::drivers(common).into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
+        let runs = tasks::drivers(common)?.into_iter().filter(|(driver, _)| tasks::is_run(driver)).map(|(id, _)| id);
         if self.dry_run {
             // A run whose plugin still lives is left out: only a request to shut down would show whether the run has
             // ended.
@@ -237,7 +237,7 @@ impl Gc {
         };
         let store = ContainerdSession::open(common).await?;
         let outcome = async {
-            Ok(store.images(common)?.collect_garbage(keep, &tasks::in_use_by_runs(common), self.dry_run).await)
+            Ok(store.images(common)?.collect_garbage(keep, &tasks::in_use_by_runs(common)?, self.dry_run).await)
         };
         let outcome = outcome.await;
         store.close().await;
@@ -254,11 +254,13 @@ impl Rmi {
         for image in &self.images {
             let name = parse_image(image)?.to_string();
             let mut removed = false;
-            for (_, places) in tasks::drivers(common).into_iter().filter(|(driver, _)| !tasks::is_run(driver)) {
+            for (_, places) in tasks::drivers(common)?.into_iter().filter(|(driver, _)| !tasks::is_run(driver)) {
                 match send_request(&places.control(), &Request::RemoveImage { image: name.clone() }, ANSWER_TIMEOUT)
                     .await
                 {
-                    Ok(answer) => removed |= answer == Answer::Done,
+                    Ok(Answer::Done) => removed = true,
+                    Ok(Answer::NotHere) => {}
+                    Ok(other) => return Err(ControlError::unexpected(&places.control(), &other).into()),
                     Err(error) if error.no_plugin_listens() => {}
                     Err(error) => return Err(error.into()),
                 }
@@ -268,7 +270,10 @@ impl Rmi {
                 Ok(images) if removed && images.by_name(&name).is_none() => Ok(()),
                 // A `run` in progress holds the lock, so this fails.
                 Ok(images) => match StoreLock::exclusive(common) {
-                    Ok(_lock) => images.remove(&name, &tasks::in_use_by_runs(common)).await.map_err(CliError::Records),
+                    Ok(_lock) => match tasks::in_use_by_runs(common) {
+                        Ok(in_use) => images.remove(&name, &in_use).await.map_err(CliError::Records),
+                        Err(error) => Err(error),
+                    },
                     Err(error) => Err(error),
                 },
                 Err(error) => Err(error),

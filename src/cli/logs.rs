@@ -10,7 +10,8 @@ use std::{
 
 use clap::Args;
 
-use super::{CliError, CommonArgs, tasks};
+use super::{CliError, CommonArgs, print_message, tasks};
+use crate::files::none_if_missing;
 
 /// The interval at which `--follow` reads new output.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
@@ -32,7 +33,7 @@ pub(crate) struct Logs {
 }
 
 impl Logs {
-    /// Prints the task's output.
+    /// Prints the task's output. The exit code is 1 if one of the files can't be opened.
     ///
     /// # Errors
     /// Fails when the task has no log files (a task of `run` has no log collector), or they can't be read.
@@ -45,18 +46,25 @@ impl Logs {
         let directory = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
         let stream = if self.stderr { "stderr" } else { "stdout" };
         let prefix = format!("{}.{stream}.", found.record.intent.name);
-        let numbers = file_numbers(&directory, &prefix);
+        let numbers = file_numbers(&directory, &prefix)?;
         let Some(&newest) = numbers.last() else {
             let problem =
                 format!("no logs of the task in {}; a task of `run` prints to its own terminal", path.display());
             return Err(CliError::Usage(problem));
         };
         let log_file = |n: u64| directory.join(format!("{prefix}{n}"));
-        let mut text = Vec::new();
-        let mut last = None;
+        let (mut text, mut last, mut exit_code) = (Vec::new(), None, 0);
         for n in numbers {
-            // A file that can't be opened was removed by the rotation since it was listed.
-            let Ok(mut file) = open(&log_file(n)) else { continue };
+            // The rotation may have removed the file since it was listed.
+            let mut file = match none_if_missing(open(&log_file(n))) {
+                Ok(Some(file)) => file,
+                Ok(None) => continue,
+                Err(error) => {
+                    print_message(&format!("nomad-driver-shim: could not open {prefix}{n}: {error}"));
+                    exit_code = 1;
+                    continue;
+                }
+            };
             file.read_to_end(&mut text)?;
             last = Some(file);
         }
@@ -66,7 +74,7 @@ impl Logs {
         if let (true, Some(last)) = (self.follow, last) {
             follow(&directory, &prefix, newest, last).await?;
         }
-        Ok(0)
+        Ok(exit_code)
     }
 }
 
@@ -79,12 +87,13 @@ fn open(path: &Path) -> std::io::Result<File> {
 }
 
 /// Returns the numbers of the log files, in order.
-fn file_numbers(directory: &Path, prefix: &str) -> Vec<u64> {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut numbers: Vec<u64> =
-        entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()).collect();
+fn file_numbers(directory: &Path, prefix: &str) -> std::io::Result<Vec<u64>> {
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        numbers.extend(entry?.file_name().to_str().and_then(|name| name.strip_prefix(prefix)?.parse::<u64>().ok()));
+    }
     numbers.sort_unstable();
-    numbers
+    Ok(numbers)
 }
 
 /// Returns the last `count` lines, or all of them.
@@ -104,7 +113,7 @@ async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> R
     let mut stdout = std::io::stdout();
     loop {
         // The next file is looked for before this one is read: once it exists, all later output is in the next file.
-        let next = file_numbers(directory, prefix).into_iter().find(|&later| later > n);
+        let next = file_numbers(directory, prefix)?.into_iter().find(|&later| later > n);
         let mut text = Vec::new();
         file.read_to_end(&mut text)?;
         if stdout.write_all(&text).and_then(|()| stdout.flush()).is_err() {
@@ -119,7 +128,17 @@ async fn follow(directory: &Path, prefix: &str, mut n: u64, mut file: File) -> R
 
 #[cfg(test)]
 mod tests {
-    use super::last_lines;
+    use super::{file_numbers, last_lines};
+
+    #[test]
+    fn a_directory_that_can_not_be_read_is_not_taken_for_an_empty_one() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        for name in ["web.stdout.10", "web.stdout.9", "web.stderr.1", "web.stdout.x"] {
+            std::fs::write(directory.path().join(name), "").expect("written");
+        }
+        assert_eq!(file_numbers(directory.path(), "web.stdout.").expect("listed"), [9, 10]);
+        assert!(file_numbers(&directory.path().join("web.stdout.9"), "web.stdout.").is_err());
+    }
 
     #[test]
     fn the_last_lines_are_counted_from_the_end() {

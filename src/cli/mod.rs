@@ -150,6 +150,14 @@ pub enum CliError {
     /// An option or argument can't be used.
     #[error("{0}")]
     Usage(String),
+    /// A directory or a file of the driver can't be read.
+    #[error("could not read {path}")]
+    Unreadable {
+        /// The directory or file.
+        path: PathBuf,
+        /// Why it can't be read.
+        source: std::io::Error,
+    },
     /// Output can't be written, or a file can't be read or written.
     #[error("could not read or write a file or stream")]
     Io(#[from] std::io::Error),

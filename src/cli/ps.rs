@@ -18,10 +18,12 @@ impl Ps {
     /// Prints the list.
     ///
     /// # Errors
-    /// Fails when output fails. A run directory that can't be read is reported and skipped.
+    /// Fails when the drivers can't be listed, or output fails. Records that can't be read are reported, and the exit
+    /// code is 1.
     pub(crate) fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
-        let records: Vec<(String, Record)> =
-            tasks::all_tasks(common).into_iter().map(|found| (found.driver, found.record)).collect();
+        let all = tasks::all_tasks(common)?;
+        let exit_code = all.exit_code();
+        let records: Vec<(String, Record)> = all.tasks.into_iter().map(|found| (found.driver, found.record)).collect();
         if self.json {
             let list: Vec<_> = records
                 .iter()
@@ -35,7 +37,7 @@ impl Ps {
                 })
                 .collect();
             print_data(&format!("{}\n", json!(list)))?;
-            return Ok(0);
+            return Ok(exit_code);
         }
         let rows: Vec<Vec<String>> = records
             .iter()
@@ -54,7 +56,7 @@ impl Ps {
             })
             .collect();
         print_data(&table::render(&["DRIVER", "ALLOC", "TASK", "STATE", "PID", "RUNTIME", "IMAGE"], &rows))?;
-        Ok(0)
+        Ok(exit_code)
     }
 }
 

@@ -31,20 +31,22 @@ impl Stats {
     /// Prints the list.
     ///
     /// # Errors
-    /// Fails when the task does not exist, or output fails.
+    /// Fails when the task does not exist, a cgroup can't be read, or output fails.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks = match &self.task {
-            Some(task) => vec![tasks::find_task(common, task)?],
-            None => tasks::all_tasks(common),
+            Some(task) => tasks::AllTasks { tasks: vec![tasks::find_task(common, task)?], is_complete: true },
+            None => tasks::all_tasks(common)?,
         };
+        let exit_code = tasks.exit_code();
         let cgroups = Cgroups::detect()?;
         let sample = |found: &tasks::FoundTask| cgroups.usage(&found.record.intent.cgroup);
-        let running: Vec<_> = tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
-        let (first, began): (Vec<Option<Usage>>, Instant) = (running.iter().map(sample).collect(), Instant::now());
+        let running: Vec<_> = tasks.tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
+        let measure = || running.iter().map(sample).collect::<Result<Vec<Option<Usage>>, _>>();
+        let (first, began) = (measure()?, Instant::now());
         if !running.is_empty() {
             tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
-        let second: Vec<Option<Usage>> = running.iter().map(sample).collect();
+        let second = measure()?;
         let time = began.elapsed();
         let mut list = Vec::new();
         let mut rows = Vec::new();
@@ -76,6 +78,6 @@ impl Stats {
         } else {
             print_data(&table::render(&["DRIVER", "ALLOC", "TASK", "CPU %", "MEMORY", "RSS", "CACHE", "SWAP"], &rows))?;
         }
-        Ok(0)
+        Ok(exit_code)
     }
 }

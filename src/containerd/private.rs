@@ -30,6 +30,11 @@ use crate::{
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time within which the daemon must exit after SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time within which another program must release its lock. A program that starts or stops the daemon takes no
+/// longer.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(45);
+/// The interval at which the lock is tried.
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The reason why a private containerd could not be started or joined.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +56,17 @@ pub enum PrivateError {
         program: String,
         /// The cause.
         source: io::Error,
+    },
+    /// Another program uses the daemon, which does not answer, or that program takes too long to start or stop it.
+    #[error(
+        "another program has locked {path} for {} s, and its containerd does not answer; end that program, or name a running containerd with --address",
+        after.as_secs()
+    )]
+    Locked {
+        /// The lock file.
+        path: PathBuf,
+        /// How long this program has waited.
+        after: Duration,
     },
     /// The daemon exited, or did not answer in time.
     #[error("the private containerd did not start; its log is {log}")]
@@ -117,14 +133,14 @@ pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError
     create_private_dir(run).map_err(file(run))?;
     let path = run.join("lock");
     loop {
-        let shared = lock(&path, FlockArg::LockShared).await?;
+        let shared = lock(&path, FlockArg::LockSharedNonblock, LOCK_TIMEOUT).await?;
         if client(run).version().await.is_ok() {
             return Ok(DaemonHold { lock: Some(shared), run: run.to_owned() });
         }
         // The daemon does not run, or another program is stopping it. Only one program may start the daemon, and only
         // while no other program uses it.
         drop(shared);
-        let exclusive = lock(&path, FlockArg::LockExclusive).await?;
+        let exclusive = lock(&path, FlockArg::LockExclusiveNonblock, LOCK_TIMEOUT).await?;
         if client(run).version().await.is_err() {
             start(root, run).await?;
         }
@@ -134,12 +150,23 @@ pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError
     }
 }
 
-/// Takes the lock on a blocking thread, because another program may have the lock while it starts the daemon.
-async fn lock(path: &Path, how: FlockArg) -> Result<Flock<File>, PrivateError> {
+/// Takes the lock. `how` does not block: another program may have the lock while it starts the daemon, and for as long
+/// as it uses the daemon, so the lock is tried until the time `limit` is over.
+async fn lock(path: &Path, how: FlockArg, limit: Duration) -> Result<Flock<File>, PrivateError> {
     let failed = |source| PrivateError::File { path: path.to_owned(), source };
-    let handle = open_lock_file(path).map_err(failed)?;
-    let locked = tokio::task::spawn_blocking(move || Flock::lock(handle, how).map_err(|(_, errno)| errno)).await;
-    locked.map_err(|join| failed(io::Error::other(join)))?.map_err(|errno| failed(errno.into()))
+    let mut handle = open_lock_file(path).map_err(failed)?;
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        handle = match Flock::lock(handle, how) {
+            Ok(locked) => return Ok(locked),
+            Err((handle, nix::Error::EWOULDBLOCK)) => handle,
+            Err((_, errno)) => return Err(failed(errno.into())),
+        };
+        if tokio::time::Instant::now() > deadline {
+            return Err(PrivateError::Locked { path: path.to_owned(), after: limit });
+        }
+        tokio::time::sleep(LOCK_INTERVAL).await;
+    }
 }
 
 fn client(run: &Path) -> Client {
@@ -212,4 +239,21 @@ async fn stop(run: &Path) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let _ = fs::remove_file(run.join("pid"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lock_that_is_not_released_is_named() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join("lock");
+        let shared = lock(&path, FlockArg::LockSharedNonblock, Duration::ZERO).await.expect("free");
+        let error = lock(&path, FlockArg::LockExclusiveNonblock, Duration::from_millis(50)).await.expect_err("held");
+        assert!(matches!(&error, PrivateError::Locked { path: named, .. } if *named == path), "{error}");
+        let waiting = lock(&path, FlockArg::LockExclusiveNonblock, LOCK_TIMEOUT);
+        let (taken, ()) = tokio::join!(waiting, async { drop(shared) });
+        taken.expect("the lock is taken once it is released");
+    }
 }

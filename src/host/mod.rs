@@ -50,6 +50,8 @@ use crate::{
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(60);
 /// The time for which Nomad waits for a plugin to shut down before it kills the plugin.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// The time within which a plugin must end after it has closed its standard output.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a plugin can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -198,11 +200,18 @@ impl Plugin {
         let line = match tokio::time::timeout(HANDSHAKE_TIMEOUT, lines.next_line()).await {
             Ok(Ok(Some(line))) => line,
             Ok(Ok(None)) => {
-                let _ = child.wait().await;
-                for reader in readers {
-                    let _ = reader.await;
-                }
-                return Err(refused("it ended without a handshake line".to_owned()));
+                let end = async {
+                    let _ = child.wait().await;
+                    for reader in readers {
+                        let _ = reader.await;
+                    }
+                };
+                // A program may close its standard output and run on, or leave its standard error to another process.
+                let problem = match tokio::time::timeout(END_TIMEOUT, end).await {
+                    Ok(()) => "it ended without a handshake line",
+                    Err(_) => "it closed its standard output without a handshake line",
+                };
+                return Err(refused(problem.to_owned()));
             }
             Ok(Err(error)) => return Err(refused(error.to_string())),
             Err(_) => return Err(refused(format!("no handshake line within {} s", HANDSHAKE_TIMEOUT.as_secs()))),
@@ -404,5 +413,15 @@ mod tests {
         assert_eq!(parse_handshake("1|2|unix|/tmp/x|grpc|abc|false"), Ok((PathBuf::from("/tmp/x"), "abc".to_owned())));
         assert!(parse_handshake("1|1|unix|/tmp/x|grpc|").is_err());
         assert!(parse_handshake("hello").is_err());
+    }
+
+    #[tokio::test]
+    async fn a_program_that_closes_its_output_and_runs_on_is_refused() {
+        let script = "exec >&-; echo closed >&2; exec sleep 600";
+        let args = ["-c", script].map(str::to_owned).to_vec();
+        let error =
+            Plugin::launch(&PluginCommand { args, ..PluginCommand::new("/bin/sh") }).await.expect_err("refused");
+        let text = error.to_string();
+        assert!(text.contains("closed its standard output") && text.contains("closed"), "{text}");
     }
 }

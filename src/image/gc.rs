@@ -35,11 +35,7 @@ impl ImageStore {
     pub async fn collect_garbage(&self, keep: Duration, in_use: &ImagesInUse, dry_run: bool) -> Vec<Garbage> {
         let mut found = Vec::new();
         for record in self.take_unused(keep, in_use, dry_run) {
-            let outcome = if dry_run { Ok(()) } else { self.remove_record(&record, in_use).await };
-            if outcome.is_err() {
-                // The record is put back, so that the next garbage collection tries again.
-                lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
-            }
+            let outcome = if dry_run { Ok(()) } else { self.remove_image_of(&record, in_use).await };
             found.push(
                 Garbage::removed("image", &record.reference, &outcome)
                     .with_reason("no task uses it, and none has used it within `image { keep }`"),
@@ -82,7 +78,7 @@ impl ImageStore {
             records.remove(name)
         };
         match record {
-            Some(record) => self.remove_record(&record, in_use).await?,
+            Some(record) => self.remove_image_of(&record, in_use).await?,
             None if self.inner().client.image(name).await?.is_none() => {
                 return Err(ImageError::NotStored { image: name.to_owned() });
             }
@@ -95,23 +91,34 @@ impl ImageStore {
         Ok(self.inner().client.delete_image(name).await?)
     }
 
+    /// Removes an image whose record the caller has taken out of the store. If that fails, the record is put back: the
+    /// image can still be used, and the removal can be tried again.
+    async fn remove_image_of(&self, record: &Arc<ImageRecord>, in_use: &ImagesInUse) -> Result<(), ImageError> {
+        let outcome = self.remove_record(record, in_use).await;
+        if outcome.is_err() {
+            lock(&self.inner().records).entry(record.reference.clone()).or_insert_with(|| record.clone());
+        }
+        outcome
+    }
+
     /// Removes an image's record. The image's lease is removed if no other image needs it, and containerd's image
-    /// record if this driver created that.
+    /// record if this driver created that. The lease goes after containerd's image record: an image that could only be
+    /// removed in part still has its layers.
     async fn remove_record(&self, record: &ImageRecord, in_use: &ImagesInUse) -> Result<(), ImageError> {
         let inner = self.inner();
         let _changing = inner.lease_lock.lock().await;
+        // If a pull has stored an image under this name meanwhile, that image must stay.
+        let is_replaced = lock(&inner.records).contains_key(&record.reference);
+        if !is_replaced {
+            let owner = inner.client.image_owner(&record.reference).await?;
+            if owner.as_deref() == Some(inner.places.state_dir_hash().as_str()) {
+                inner.client.delete_image(&record.reference).await?;
+            }
+        }
         if !self.leases_in_use(in_use).contains(&record.lease) {
             self.delete_lease_and_view(&record.lease).await?;
         }
-        // If a pull has stored an image under this name meanwhile, that image must stay.
-        if lock(&inner.records).contains_key(&record.reference) {
-            return Ok(());
-        }
-        if inner.client.image_owner(&record.reference).await?.as_deref() == Some(inner.places.state_dir_hash().as_str())
-        {
-            inner.client.delete_image(&record.reference).await?;
-        }
-        record.delete(&inner.places.images())
+        if is_replaced { Ok(()) } else { record.delete(&inner.places.images()) }
     }
 
     /// Deletes a lease, and the view of the same name if there is one.
@@ -164,5 +171,43 @@ impl ImageStore {
             found.push(Garbage::removed("lease", &lease.0, &outcome).with_reason("no image of this driver needs it"));
         }
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci_spec::image::ImageConfiguration;
+
+    use super::*;
+    use crate::{
+        containerd::Client,
+        ids::Digest,
+        image::{ImageConfig, Reference, record::RecordParts},
+        places::Places,
+    };
+
+    #[tokio::test]
+    async fn an_image_that_containerd_does_not_remove_stays_known() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let places = Places::new(directory.path().join("run"), directory.path().join("state"));
+        std::fs::create_dir_all(places.images()).expect("made");
+        let reference = Reference::parse("registry.example/app:1").expect("a name");
+        let parts = RecordParts {
+            digest: Digest::of(b"manifest"),
+            chain_id: None,
+            lease: LeaseId("lease".to_owned()),
+            view: None,
+            size: 0,
+        };
+        let config = ImageConfig::from(&ImageConfiguration::default());
+        ImageRecord::new(&reference, parts, config).save(&places.images()).expect("saved");
+        let client = Client::new(&directory.path().join("no-containerd.sock"), "test", "overlayfs");
+        let store = ImageStore::open(&places, client).expect("opened");
+        let name = reference.to_string();
+        store.remove(&name, &ImagesInUse::default()).await.expect_err("no containerd listens");
+        assert!(store.by_name(&name).is_some(), "the record is put back");
+        let found = store.collect_garbage(Duration::ZERO, &ImagesInUse::default(), false).await;
+        assert!(found.iter().any(|one| one.name == name && one.problem.is_some()), "{found:?}");
+        assert!(store.by_name(&name).is_some(), "the record is put back");
     }
 }

@@ -12,6 +12,7 @@ use tonic::Status;
 
 use crate::{
     cgroup::{CpuUsage, MemoryUsage, Usage, cpu_percent},
+    error_chain,
     ids::TaskId,
     pb::driver::{self as wire, cpu_usage::Fields as CpuField, memory_usage::Fields as MemoryField},
     task::{Compute, Engine, TaskMeter},
@@ -27,13 +28,20 @@ const MIN_INTERVAL: Duration = Duration::from_millis(50);
 const ALIGNMENT_STEP_MAX: Duration = Duration::from_millis(250);
 
 /// Returns usage samples until the task ends; a sample is taken when the agent can receive it. A task that is unknown
-/// here gives an empty stream instead of an error: Nomad would log an error for each try.
+/// here gives an empty stream instead of an error: Nomad would log an error for each try. So does a task whose cgroup
+/// can't be opened at the moment. Nomad asks again.
 pub(crate) async fn samples(
     engine: Engine,
     id: TaskId,
     requested: Duration,
 ) -> impl Stream<Item = Result<wire::TaskStatsResponse, Status>> {
-    let meter = engine.meter(&id).await.ok().flatten();
+    let meter = match engine.meter(&id).await {
+        Ok(meter) => meter,
+        Err(error) => {
+            tracing::debug!(task = id.0, error = error_chain(&error), "could not measure the usage of a task");
+            None
+        }
+    };
     let sampler = meter.map(|meter| {
         let settings = engine.settings();
         Box::new(Sampler {
@@ -46,6 +54,7 @@ pub(crate) async fn samples(
                 .max(MIN_INTERVAL),
             compute: settings.compute,
             due: Instant::now(),
+            tried: None,
             before: None,
         })
     });
@@ -66,20 +75,31 @@ struct Sampler {
     compute: Compute,
     /// When the last sample was due.
     due: Instant,
+    /// When the last sample was taken, or could not be taken.
+    tried: Option<Instant>,
     before: Option<(Instant, CpuUsage)>,
 }
 
 impl Sampler {
-    /// Waits until the next sample is due and takes it; `None` once the task has ended.
+    /// Waits until the next sample is due and takes it; `None` once the task has ended. A sample that can't be taken at
+    /// the moment is left out.
     async fn next(&mut self) -> Option<wire::TaskStats> {
-        if let Some((then, _)) = self.before {
-            self.due = align_up((self.due + self.interval).max(then), (self.interval / 4).min(ALIGNMENT_STEP_MAX));
-            tokio::select! {
-                () = sleep_until(self.due) => {}
-                () = &mut self.ended => return None,
+        let usage = loop {
+            if let Some(then) = self.tried {
+                self.due = align_up((self.due + self.interval).max(then), (self.interval / 4).min(ALIGNMENT_STEP_MAX));
+                tokio::select! {
+                    () = sleep_until(self.due) => {}
+                    () = &mut self.ended => return None,
+                }
             }
-        }
-        let usage = self.meter.usage()?;
+            self.tried = Some(Instant::now());
+            match self.meter.usage() {
+                Ok(usage) => break usage?,
+                Err(error) => {
+                    tracing::debug!(task = self.id.0, %error, "could not measure the usage of a task; the sample is left out");
+                }
+            }
+        };
         let now = Instant::now();
         let between = |(then, cpu): (_, CpuUsage)| Percent::between(&cpu, &usage.cpu, now - then);
         let percent = self.before.map(between).unwrap_or_default();

@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 };
 
 use super::{RootfsError, tmpfs_size::SHM_SIZE};
-use crate::ids::Flavor;
+use crate::{files::none_if_missing, ids::Flavor};
 
 /// Entries of /proc and /sys that reveal or change something of the host, and are the same on every host. The list is
 /// moby's (`daemon/pkg/oci/defaults.go`, since moby/moby#49560 of 2025) and containerd's (since
@@ -43,8 +43,12 @@ pub struct MaskedPaths(Vec<String>);
 impl MaskedPaths {
     /// Returns the masked paths of this host, which are looked up once for all tasks: a host may have hundreds of
     /// processors. Processors that are brought online later are found when the plugin starts next, as in moby.
-    pub fn for_this_host() -> Self {
-        Self::of(Path::new(PROCESSORS))
+    ///
+    /// # Errors
+    /// Fails when the processors can't be listed: tasks could read what has to be hidden from them.
+    pub fn for_this_host() -> Result<Self, RootfsError> {
+        let path = Path::new(PROCESSORS);
+        Self::of(path).map_err(|source| RootfsError::File { doing: "look up processors in", path: path.into(), source })
     }
 
     /// Returns only the fixed paths, for a sandbox: its own kernel shows nothing of the host's processors.
@@ -54,15 +58,20 @@ impl MaskedPaths {
 
     /// Returns the fixed paths and the thermal event counters of each processor that has them in `processors`
     /// (`cpu0/thermal_throttle` on Intel's; Documentation/admin-guide/cputopology.rst names the directories).
-    fn of(processors: &Path) -> Self {
+    fn of(processors: &Path) -> io::Result<Self> {
         let number = |name: &str| name.strip_prefix("cpu")?.parse::<u32>().ok();
-        let listed = fs::read_dir(processors).into_iter().flatten().flatten();
-        let numbers: BTreeSet<u32> = listed.filter_map(|entry| number(entry.file_name().to_str()?)).collect();
-        let counters = numbers.into_iter().map(|number| format!("cpu{number}/thermal_throttle"));
-        let found = counters.filter(|counters| processors.join(counters).is_dir());
+        let mut numbers = BTreeSet::new();
+        for entry in none_if_missing(fs::read_dir(processors))?.into_iter().flatten() {
+            numbers.extend(entry?.file_name().to_str().and_then(number));
+        }
         let mut this = Self::for_sandbox();
-        this.0.extend(found.map(|counters| format!("{PROCESSORS}/{counters}")));
-        this
+        for number in numbers {
+            let counters = format!("cpu{number}/thermal_throttle");
+            if none_if_missing(fs::metadata(processors.join(&counters)))?.is_some() {
+                this.0.push(format!("{PROCESSORS}/{counters}"));
+            }
+        }
+        Ok(this)
     }
 
     /// Returns the paths.
@@ -200,11 +209,22 @@ mod tests {
         {
             fs::create_dir_all(host.path().join(directory)).expect("made");
         }
-        let paths = MaskedPaths::of(host.path());
+        let paths = MaskedPaths::of(host.path()).expect("found");
         let fixed = MASKED_PATHS.len();
         assert_eq!(paths.as_slice()[..fixed], MASKED_PATHS);
         let expected = ["cpu0", "cpu2", "cpu10"].map(|cpu| format!("/sys/devices/system/cpu/{cpu}/thermal_throttle"));
         assert_eq!(paths.as_slice()[fixed..], expected);
-        assert_eq!(MaskedPaths::of(&host.path().join("none")), MaskedPaths::for_sandbox());
+        assert_eq!(MaskedPaths::of(&host.path().join("none")).expect("none"), MaskedPaths::for_sandbox());
+    }
+
+    /// A link that leads to itself stands for a directory that can't be opened for lack of descriptors or memory.
+    #[test]
+    fn processors_that_can_not_be_looked_up_are_an_error() {
+        let host = tempfile::tempdir().expect("a temporary directory");
+        for link in ["processors", "cpu0"] {
+            std::os::unix::fs::symlink(link, host.path().join(link)).expect("linked");
+        }
+        assert!(MaskedPaths::of(&host.path().join("processors")).is_err());
+        assert!(MaskedPaths::of(host.path()).is_err());
     }
 }

@@ -9,6 +9,7 @@ use std::{
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 
 use super::RootfsError;
+use crate::files::none_if_missing;
 
 /// Entries of the host's /dev that a container does not get, because it has entries of its own with these names.
 const NOT_COPIED: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
@@ -19,7 +20,7 @@ const NOT_COPIED: [&str; 6] = ["pts", "shm", "fd", "mqueue", "console", ".lxc"];
 /// Fails when `/dev` can't be read.
 pub fn host_devices() -> Result<Vec<LinuxDevice>, RootfsError> {
     let mut devices = Vec::new();
-    walk(Path::new("/dev"), &mut devices).map_err(|source| RootfsError::File {
+    walk(Path::new("/dev"), &|path| fs::read_dir(path), &mut devices).map_err(|source| RootfsError::File {
         doing: "list devices below",
         path: PathBuf::from("/dev"),
         source,
@@ -76,8 +77,13 @@ fn node(path: PathBuf, metadata: &fs::Metadata) -> Option<LinuxDevice> {
         .ok()
 }
 
-fn walk(directory: &Path, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
+/// Collects the devices below a directory. `list` lists one directory.
+fn walk(
+    directory: &Path,
+    list: &impl Fn(&Path) -> io::Result<fs::ReadDir>,
+    devices: &mut Vec<LinuxDevice>,
+) -> io::Result<()> {
+    for entry in list(directory)? {
         let entry = entry?;
         let path = entry.path();
         if NOT_COPIED.iter().any(|name| entry.file_name() == *name) {
@@ -86,10 +92,32 @@ fn walk(directory: &Path, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
         // Symlinks such as /dev/stdin and /dev/cdrom are not followed: the runtime creates them, or the image has them.
         let Ok(metadata) = fs::symlink_metadata(&path) else { continue };
         if metadata.is_dir() {
-            walk(&path, devices)?;
+            // A directory that was removed after it had been listed has no devices: udev may be removing a disk.
+            none_if_missing(walk(&path, list, devices))?;
         } else {
             devices.extend(node(path, &metadata));
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_is_removed_during_the_walk_has_no_devices() {
+        let dev = tempfile::tempdir().expect("a temporary directory");
+        let disk = dev.path().join("disk");
+        fs::create_dir(&disk).expect("made");
+        let remove_and_list = |path: &Path| {
+            if path == disk {
+                fs::remove_dir(path)?;
+            }
+            fs::read_dir(path)
+        };
+        walk(dev.path(), &remove_and_list, &mut Vec::new()).expect("walked");
+        assert!(!disk.exists());
+        assert!(walk(&disk, &|path| fs::read_dir(path), &mut Vec::new()).is_err(), "/dev itself must exist");
+    }
 }

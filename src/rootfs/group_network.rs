@@ -14,6 +14,7 @@ use nix::{
 };
 
 use super::{NetworkNamespace, network};
+use crate::files::none_if_missing;
 
 /// Returns the host's address as a task in this network sees it. In a group's namespace this is the default gateway,
 /// whose address Nomad's bridge has on the host. In the host's namespace it is the loopback address.
@@ -25,15 +26,17 @@ pub fn host_address(network: &NetworkNamespace) -> io::Result<IpAddr> {
         NetworkNamespace::Host => Ok(Ipv4Addr::LOCALHOST.into()),
         NetworkNamespace::Private => Err(io::Error::other("a task without a network does not reach its host")),
         NetworkNamespace::Path(path) => {
-            let (route, route6) = in_namespace(path, || {
-                let read = |table: &str| fs::read_to_string(format!("/proc/thread-self/net/{table}"));
-                // A kernel without IPv6 does not have this table.
-                Ok((read("route")?, read("ipv6_route").unwrap_or_default()))
-            })?;
+            let (route, route6) = in_namespace(path, || routes(Path::new("/proc/thread-self/net")))?;
             network::default_gateway(&route, &route6)
                 .ok_or_else(|| io::Error::other("the group's network has no default route"))
         }
     }
+}
+
+/// Reads the tables of IPv4 and IPv6 routes in this directory. A kernel without IPv6 does not have the second one.
+fn routes(directory: &Path) -> io::Result<(String, String)> {
+    let route6 = none_if_missing(fs::read_to_string(directory.join("ipv6_route")))?;
+    Ok((fs::read_to_string(directory.join("route"))?, route6.unwrap_or_default()))
 }
 
 /// Returns the addresses of a network namespace that the names of its tasks get in /etc/hosts: the addresses of all
@@ -82,6 +85,16 @@ fn in_namespace<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_missing_table_has_no_routes() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        fs::write(directory.path().join("route"), "table\n").expect("written");
+        assert_eq!(routes(directory.path()).expect("read"), ("table\n".to_owned(), String::new()));
+        // A directory in the table's place can't be read.
+        fs::create_dir(directory.path().join("ipv6_route")).expect("made");
+        assert!(routes(directory.path()).is_err());
+    }
 
     #[test]
     fn link_local_addresses_are_recognized() {

@@ -21,12 +21,12 @@ use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::{
     RootfsError,
-    arrangement::{PlacedMount, Placement, arrange},
+    arrangement::{Misplaced, PlacedMount, Placement, arrange},
     bundle::BundlePaths,
     copy_tree::copy_tree,
     image_links::{self, EntryKind, kind_of},
     mount_attributes::{Attributes, Depth},
-    mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links},
+    mounts::{MountContent, MountSource, TaskMount, open_path, open_without_links, try_open_without_links},
     pins::{Pins, PreparedPins},
     same_target::SameTarget,
     selinux,
@@ -67,7 +67,8 @@ pub struct PlacementRules {
 
 /// Prepares the mounts of a task. It removes links at the targets of `base` and of the task's mounts in the root file
 /// system, and pins the sources of all mounts below the bundle's `mounts/`. It puts each mount that lies below a bind
-/// mount into that bind mount's tree. Returns the mounts that the runtime must make, to follow those of `base`, and the
+/// mount into that bind mount's tree. It leaves out a volume of the image (VOLUME) that a link of the image leads to
+/// where the task may have no mount. Returns the mounts that the runtime must make, to follow those of `base`, and the
 /// file system in which the sources are pinned.
 ///
 /// # Errors
@@ -94,10 +95,20 @@ pub fn place_mounts(
             ensure_plain(root.as_fd(), path, EntryKind::Directory)?;
         }
     }
-    let targets = resolve_targets(root.as_fd(), &base, mounts, sys)?;
-    let placed = arrange(mounts, &targets, same_target)
-        .map_err(|misplaced| mounts[misplaced.number].target_error(misplaced.problem))?;
-    let tree = MountTree { paths, placed: &placed, mounts, nesting, label: label.as_deref() };
+    let mut mounts = mounts.to_vec();
+    let mut targets = resolve_targets(root.as_fd(), &base, &mounts)?;
+    let placed = loop {
+        match check_targets(&mounts, &targets, sys).and_then(|()| arrange(&mounts, &targets, same_target)) {
+            Err(Misplaced { number, problem }) if matches!(mounts[number].content, MountContent::Volume) => {
+                let volume = mounts.remove(number);
+                let (target, leads_to) = (&volume.target, targets.remove(number));
+                tracing::info!(%target, %leads_to, problem, "left out a VOLUME of the image");
+            }
+            Err(Misplaced { number, problem }) => return Err(mounts[number].target_error(problem)),
+            Ok(placed) => break placed,
+        }
+    };
+    let tree = MountTree { paths, placed: &placed, mounts: &mounts, nesting, label: label.as_deref() };
     let mut left = Vec::with_capacity(placed.len());
     for one in &placed {
         tree.pin_and_place(one).map_err(|source| {
@@ -116,17 +127,32 @@ pub fn place_mounts(
 /// # Errors
 /// Returns the reason why the mount may not be there, with its option and target.
 pub fn check_target(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Result<(), RootfsError> {
-    target.check(sys).map_err(|problem| mount.target_error(problem))?;
+    target_problem(mount, target, sys).map_or(Ok(()), |problem| Err(mount.target_error(problem)))
+}
+
+/// Applies the rules of [`check_target`] to the resolved targets of all mounts.
+fn check_targets(mounts: &[TaskMount], targets: &[MountTarget], sys: SysTargets) -> Result<(), Misplaced> {
+    let mut pairs = mounts.iter().zip(targets).enumerate();
+    let misplaced = pairs.find_map(|(number, (mount, target))| {
+        target_problem(mount, target, sys).map(|problem| Misplaced { number, problem })
+    });
+    misplaced.map_or(Ok(()), Err)
+}
+
+/// Returns why a mount may not be at a target; `None` if it may be there.
+fn target_problem(mount: &TaskMount, target: &MountTarget, sys: SysTargets) -> Option<String> {
+    if let Err(problem) = target.check(sys) {
+        return Some(problem);
+    }
     // runc masks parts of /proc and /sys with the container's own /dev/null (CVE-2025-31133), so nothing else may be
     // there. The host's own /dev is allowed: Nomad mounts it in CSI plugins.
     let covers_null = ["/dev", "/dev/null"].into_iter().find(|path| target.path() == Path::new(path));
     let is_the_hosts = |path: &str| matches!(&mount.content, MountContent::Bind(source) if source.is_host_path(path));
-    match covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)) {
-        None => Ok(()),
-        Some(path) => Err(mount.target_error(format!(
+    covers_null.filter(|path| sys == SysTargets::Refused && !is_the_hosts(path)).map(|path| {
+        format!(
             "only privileged tasks may mount over {path}, except for the host's own {path}; mount below /dev, or elsewhere"
-        ))),
-    }
+        )
+    })
 }
 
 /// Returns the propagation that the root of the container's mounts must have for its mounts to propagate; `None` leaves
@@ -162,7 +188,6 @@ fn resolve_targets(
     root: BorrowedFd<'_>,
     base: &[PathBuf],
     mounts: &[TaskMount],
-    sys: SysTargets,
 ) -> Result<Vec<MountTarget>, RootfsError> {
     let mut targets: Vec<MountTarget> = mounts.iter().map(|mount| mount.target.clone()).collect();
     let mut order: Vec<usize> = (0..mounts.len()).collect();
@@ -182,9 +207,7 @@ fn resolve_targets(
             }
             _ => resolve(target)?,
         };
-        let found = MountTarget::found(found);
-        check_target(mount, &found, sys)?;
-        targets[number] = found;
+        targets[number] = MountTarget::found(found);
     }
     Ok(targets)
 }
@@ -265,15 +288,15 @@ impl MountTree<'_> {
         fs::DirBuilder::new().mode(0o755).create(&path)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         let root = image_links::open_root(&self.paths.rootfs())?;
-        // The target contains no links, except below another mount, where the image's content is not the task's.
-        match open_without_links(&root, placed.target.path().strip_prefix("/").unwrap_or(placed.target.path())) {
+        let target = placed.target.path();
+        match try_open_without_links(&root, target.strip_prefix("/").unwrap_or(target)) {
             Ok(content) if kind_of(&content)? == SFlag::S_IFDIR => {
                 copy_tree(Path::new(&format!("/proc/self/fd/{}/.", content.as_raw_fd())), &path)?;
             }
             Ok(_) => return Err(io::Error::new(io::ErrorKind::NotADirectory, "the image has a file there")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {}
-            Err(error) => return Err(error),
+            // The target contains no links, except below another mount, where the image's content is not the task's.
+            Err(nix::Error::ENOENT | nix::Error::ELOOP) => {}
+            Err(error) => return Err(error.into()),
         }
         self.label_tree(&path)?;
         open_path(&path).and_then(MountSource::of)

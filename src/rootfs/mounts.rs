@@ -9,6 +9,7 @@ use std::{
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use nix::{
@@ -63,7 +64,7 @@ pub struct AllocDirs<'a> {
 }
 
 /// A mount of a task, whose source on the host has been opened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TaskMount {
     /// What asks for the mount.
     pub origin: MountOrigin,
@@ -94,9 +95,9 @@ impl TaskMount {
 }
 
 /// A file or directory of the host. It is held open, so that no other process can exchange it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct MountSource {
-    opened: OwnedFd,
+    opened: Arc<OwnedFd>,
     is_directory: bool,
     /// Device and inode.
     identity: (u64, u64),
@@ -111,7 +112,7 @@ impl MountSource {
     pub fn of(opened: OwnedFd) -> io::Result<Self> {
         let found = fstat(&opened)?;
         let is_directory = SFlag::from_bits_truncate(found.st_mode) & SFlag::S_IFMT == SFlag::S_IFDIR;
-        Ok(Self { opened, is_directory, identity: (found.st_dev, found.st_ino) })
+        Ok(Self { opened: Arc::new(opened), is_directory, identity: (found.st_dev, found.st_ino) })
     }
 
     /// Returns whether the source is a directory.
@@ -139,7 +140,7 @@ impl MountSource {
 }
 
 /// The content of a mount.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum MountContent {
     /// A file or directory of the host.
     Bind(MountSource),
@@ -298,15 +299,23 @@ fn open_beneath(root: &Path, below: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 /// Fails when a component is a link, and as openat2(2) does.
 pub(super) fn open_without_links(root: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
-    let how = OpenHow::new()
-        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    match openat2(root, below, how) {
+    match try_open_without_links(root, below) {
         Err(nix::Error::ELOOP) => {
             Err(io::Error::new(io::ErrorKind::PermissionDenied, "a symbolic link is on the way, and is not followed"))
         }
         other => Ok(other?),
     }
+}
+
+/// Opens `below` in the directory `root` as [`open_without_links`] does, for callers that expect links.
+///
+/// # Errors
+/// Fails with `ELOOP` when a component is a link, and as openat2(2) does.
+pub(super) fn try_open_without_links(root: impl AsFd, below: &Path) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root, below, how)
 }
 
 #[cfg(test)]

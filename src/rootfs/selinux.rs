@@ -2,9 +2,12 @@
 //! use, or only this one.
 
 use std::{
-    ffi::CString,
+    ffi::{CString, OsStr, OsString},
     io,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -12,8 +15,10 @@ use std::{
 use nix::{
     dir::Dir,
     fcntl::{AT_FDCWD, OFlag, openat},
-    sys::stat::{Mode, SFlag, fstat},
+    sys::stat::{Mode, SFlag},
 };
+
+use super::{image_links::kind_of, mounts::try_open_without_links};
 
 /// The containers that may use a volume, by docker's letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,35 +128,56 @@ pub fn relabel(path: &Path, kind: VolumeLabel, task: u64) -> io::Result<()> {
 pub fn relabel_tree(path: &Path, label: &str) -> io::Result<()> {
     let label = CString::new(label).map_err(io::Error::other)?;
     let root = openat(AT_FDCWD, path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
-    let mut waiting = vec![root];
-    while let Some(node) = waiting.pop() {
-        if set_label(&node, &label)? == LabelSupport::Unsupported {
-            return Ok(());
-        }
-        if fstat(&node)?.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFDIR.bits() {
+    if set_label(&root, &label)? == LabelSupport::Supported && is_directory(&root)? {
+        label_below(&root, &label)?;
+    }
+    Ok(())
+}
+
+/// Labels everything below a directory. It has at most three descriptors open at a time, however many entries there
+/// are: directories are remembered by their paths below `root`, and opened again without following links.
+fn label_below(root: &OwnedFd, label: &CString) -> io::Result<()> {
+    let mut waiting = vec![PathBuf::from(".")];
+    while let Some(path) = waiting.pop() {
+        let directory = match try_open_without_links(root, &path) {
+            Ok(directory) => directory,
+            // The directory was removed, or another entry took its place, after it had been listed.
+            Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ELOOP) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        if !is_directory(&directory)? {
             continue;
         }
-        for entry in names(node.as_fd())? {
-            match openat(&node, &entry, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()) {
-                Ok(below) => waiting.push(below),
+        for name in names(directory.as_fd())? {
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let entry = match openat(&directory, name.as_os_str(), flags, Mode::empty()) {
+                Ok(entry) => entry,
                 // The entry was removed after it had been listed.
-                Err(nix::Error::ENOENT) => {}
+                Err(nix::Error::ENOENT) => continue,
                 Err(error) => return Err(error.into()),
+            };
+            // Another file system may be mounted below the volume.
+            if set_label(&entry, label)? == LabelSupport::Supported && is_directory(&entry)? {
+                waiting.push(path.join(name));
             }
         }
     }
     Ok(())
 }
 
-fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<PathBuf>> {
+fn is_directory(node: &OwnedFd) -> io::Result<bool> {
+    Ok(kind_of(node)? == SFlag::S_IFDIR)
+}
+
+fn names(directory: BorrowedFd<'_>) -> io::Result<Vec<OsString>> {
     let mut opened =
         Dir::openat(directory, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut found = Vec::new();
     for entry in opened.iter() {
         let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
+        let name = OsStr::from_bytes(entry.file_name().to_bytes());
         if name != "." && name != ".." {
-            found.push(name.into());
+            found.push(name.to_owned());
         }
     }
     Ok(found)
@@ -182,7 +208,7 @@ fn set_label(node: &OwnedFd, label: &CString) -> io::Result<LabelSupport> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::unix::ffi::OsStrExt as _};
+    use std::{fs, process::Command};
 
     fn seen(path: &Path) -> Option<String> {
         let path = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
@@ -217,12 +243,37 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), root.join("a/out")).expect("linked");
         std::os::unix::fs::symlink(&file, root.join("f")).expect("linked");
         let (before, before_dir) = (seen(&file), seen(outside.path()));
+        let not_utf8 = OsStr::from_bytes(b"a/\xff");
+        fs::write(root.join(not_utf8), "").expect("written");
         relabel(root, VolumeLabel::Shared, 0).expect("labelled");
-        for path in ["", "a", "a/b", "a/b/c"] {
+        for path in ["", "a", "a/b", "a/b/c"].map(OsStr::new).into_iter().chain([not_utf8]) {
             let own = "system_u:object_r:container_file_t:s0";
             assert_eq!(seen(&root.join(path)).as_deref(), Some(own), "{path:?}");
         }
         assert_eq!((seen(&file), seen(outside.path())), (before, before_dir), "symlinks are not followed");
         assert!(relabel(Path::new("/usr"), VolumeLabel::Shared, 0).expect_err("refused").to_string().contains("/usr"));
+    }
+
+    /// A process with few descriptors labels a directory with many entries. The limit is the process's own, so the test
+    /// runs itself once more.
+    #[test]
+    fn a_large_directory_needs_few_descriptors() {
+        const IN_CHILD: &str = "NOMAD_DRIVER_SHIM_TEST_RELABEL";
+        if let Some(volume) = std::env::var_os(IN_CHILD) {
+            return relabel(Path::new(&volume), VolumeLabel::Shared, 0).expect("labelled");
+        }
+        let volume = tempfile::tempdir().expect("made");
+        for number in 0..200 {
+            fs::create_dir(volume.path().join(number.to_string())).expect("made");
+        }
+        let mut child = Command::new("/bin/sh");
+        child.args([
+            "-c",
+            "ulimit -n 100 && exec \"$0\" --exact rootfs::selinux::tests::a_large_directory_needs_few_descriptors",
+        ]);
+        child.arg(std::env::current_exe().expect("known")).env(IN_CHILD, volume.path());
+        let output = child.output().expect("started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert_eq!(seen(&volume.path().join("199")).as_deref(), Some("system_u:object_r:container_file_t:s0"));
     }
 }

@@ -1,5 +1,7 @@
 //! Measures the resources that a task uses.
 
+use std::io;
+
 use tokio::sync::watch;
 
 use super::{Engine, ExitRecord, TaskError};
@@ -17,8 +19,11 @@ pub struct TaskMeter {
 
 impl TaskMeter {
     /// Returns what the task uses now. `None` once the task has ended.
-    pub fn usage(&mut self) -> Option<Usage> {
-        if self.exit.borrow().is_some() { None } else { self.meter.usage() }
+    ///
+    /// # Errors
+    /// Fails when a file of the task's cgroup can't be read at the moment.
+    pub fn usage(&mut self) -> io::Result<Option<Usage>> {
+        if self.exit.borrow().is_some() { Ok(None) } else { self.meter.usage() }
     }
 
     /// Completes when the task has ended.
@@ -35,10 +40,10 @@ impl Engine {
     /// Returns a meter of a task. `None` once the task has ended.
     ///
     /// # Errors
-    /// When the task is unknown.
+    /// When the task is unknown, or its cgroup can't be opened at the moment.
     pub async fn meter(&self, id: &TaskId) -> Result<Option<TaskMeter>, TaskError> {
         let task = self.find(id).await?;
-        let meter = self.context().cgroups.meter(&task.record().intent.cgroup);
+        let meter = self.context().cgroups.meter(&task.record().intent.cgroup)?;
         Ok(meter.map(|meter| TaskMeter { meter, exit: task.exit.subscribe() }))
     }
 }

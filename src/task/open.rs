@@ -107,7 +107,7 @@ impl Engine {
             cgroup_primer: primer,
             own_capabilities: Capabilities::bounding_set(),
             default_sysctls: DefaultSysctls::for_this_host(),
-            masked: Masked { host: MaskedPaths::for_this_host(), sandbox: MaskedPaths::for_sandbox() },
+            masked: Masked { host: MaskedPaths::for_this_host()?, sandbox: MaskedPaths::for_sandbox() },
             kernel_limits: KernelLimits::of_this_process(),
             background_teardowns: watch::Sender::new(0),
             teardown_permits: Semaphore::new(CONCURRENT_TEARDOWNS_MAX),

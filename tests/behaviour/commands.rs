@@ -322,3 +322,28 @@ async fn images_are_removed_by_name() {
     assert_eq!(told(&env, &["images"]).await.lines().count(), 1);
     env.finish().await;
 }
+
+/// A plugin of another version may not know a request. Its answer is neither an empty list nor the end of the plugin.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unexpected_answer_of_a_plugin_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let places = Places::new(directory.path().join("run/other"), directory.path().join("state/other"));
+    fs::create_dir_all(places.tasks()).unwrap();
+    let listener = std::os::unix::net::UnixListener::bind(places.control()).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, mut request) = (stream.unwrap(), String::new());
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(&stream), &mut request).unwrap();
+            std::io::Write::write_all(&mut stream, b"\"not_here\"\n").unwrap();
+        }
+    });
+    for arguments in [["events"].as_slice(), &["gc", "--dry-run"]] {
+        let mut command = Command::new(program());
+        command.args(arguments).arg("--run-dir").arg(directory.path().join("run"));
+        command.arg("--state-dir").arg(directory.path().join("state")).stdin(Stdio::null());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains("unexpected answer NotHere") && !said.contains("has ended"), "{arguments:?}: {said}");
+    }
+}

@@ -162,3 +162,37 @@ async fn links_of_the_image_lead_no_volume_to_the_host() {
     assert_eq!(fs::read_dir(&secret).unwrap().count(), 1);
     env.finish().await;
 }
+
+/// Links of the image lead a volume to where no mount may be, or a mount of the job hides the link.
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_behind_links_do_not_prevent_a_start() {
+    let mut env = Env::configured(json!({"allow_privileged": true, "security": {"allow_paths": ["/"]}})).await;
+    let links = [
+        Entry::symlink("to-proc", "/proc/sys"),
+        Entry::symlink("to-dev", "/dev"),
+        Entry::symlink("to-shared", "/shared/volume"),
+        Entry::dir("job"),
+        Entry::symlink("job/link", "/etc"),
+    ];
+    let image = async |volumes: Value, name: &str| {
+        let image = Image::busybox().with_layer(Layer::new(&links, Packing::None)).with_config("Volumes", volumes);
+        image.push(&services().registry, &format!("test/{name}:1")).await
+    };
+    let hiding = image(json!({"/to-proc/volume": {}, "/to-dev": {}, "/job/link": {}}), "volume-hiding").await;
+    let shared = image(json!({"/to-shared": {}}), "volume-shared").await;
+    let host = env.dir.join("host");
+    fs::create_dir_all(&host).unwrap();
+    for runtime in RUNTIMES {
+        let mounts = json!([{"type": "bind", "source": host, "target": "/job"}]);
+        let script = "ls -A /job /job/link; touch /job/link/x && ls /job/link; ls -d /dev/null";
+        let options = json!({"runtime": runtime, "mounts": mounts});
+        let out = printed(&mut env, shell(&hiding, script, &options)).await;
+        assert_eq!(out, "/job:\nlink\n\n/job/link:\nx\n/dev/null\n", "{runtime}");
+        fs::remove_dir(host.join("link")).unwrap();
+        let mounts = json!([{"type": "bind", "source": host, "target": "/shared", "options": ["rbind", "rshared"]}]);
+        let options = json!({"runtime": runtime, "privileged": true, "mounts": mounts});
+        let out = printed(&mut env, shell(&shared, "ls -A /shared; echo fine", &options)).await;
+        assert_eq!(out, "fine\n", "{runtime}");
+    }
+    env.finish().await;
+}
