@@ -29,16 +29,11 @@ const FILES: [(&str, &str); 4] = [
     ("entry/nginx.conf", include_str!("entry/nginx.conf")),
 ];
 
-/// Returns whether the packages are there.
-pub(super) fn is_unpacked() -> bool {
-    Path::new(LAYER).exists()
-}
-
 /// The image of all programs, without a configuration.
 fn base() -> &'static Image {
     static BASE: OnceLock<Image> = OnceLock::new();
     BASE.get_or_init(|| {
-        let bytes = fs::read(LAYER).unwrap();
+        let bytes = fs::read(LAYER).expect("scripts/setup.sh programs unpacks the packages");
         let mut plain = Vec::new();
         flate2::read::GzDecoder::new(&bytes[..]).read_to_end(&mut plain).unwrap();
         let media_type = "application/vnd.oci.image.layer.v1.tar+gzip";

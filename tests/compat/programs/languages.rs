@@ -31,7 +31,9 @@ const JVM: &str = "java -XshowSettings:system -XX:+PrintFlagsFinal -version 2>&1
     grep -E 'Provider|Effective|Memory Limit|MaxHeapSize|ActiveProcessorCount' | tr -s ' '";
 
 pub(super) fn programs() -> Vec<Program> {
-    let image = |command: [&str; 3], user: &str| json!({"Cmd": command, "User": user, "Env": ["PATH=/usr/local/bin:/usr/bin:/bin"], "WorkingDir": "/tmp"});
+    let path = "PATH=/usr/local/bin:/usr/bin:/bin";
+    let image =
+        |command: [&str; 3], user: &str| json!({"Cmd": command, "User": user, "Env": [path], "WorkingDir": "/tmp"});
     let shell = |script| image(["sh", "-c", script], "");
     let limited = json!({"cpuset_cpus": "0", "cpuset_mems": "0"});
     let processor = "--cpuset-cpus 0 --cpuset-mems 0";
@@ -48,8 +50,12 @@ pub(super) fn programs() -> Vec<Program> {
             vec![Life::Once(vec!["Memory Limit: 1.00G", "MaxHeapSize = 268435456"])],
         )
         .memory(1024),
-        Program::new("node", image(["node", "-e", NODE], ""), vec![Life::Once(vec!["home /root", "heap 259 MiB"])])
-            .with(processor, limited.clone()),
+        Program::new(
+            "node",
+            image(["node", "-e", NODE], ""),
+            vec![Life::Once(vec!["home /root", "constrained 536870912"])],
+        )
+        .with(processor, limited.clone()),
         Program::new(
             "node as a user that the image does not know",
             image(["node", "-e", NODE], "1001"),
