@@ -28,7 +28,8 @@ bench: setup
 
 ## All tests: unit, property, behaviour against real parts, conformance. DRIVER=/path/to/plugin runs the conformance rows
 ## on any driver instead (DRIVER_CONFIG='{...}': its plugin configuration, ARGS="B6": rows by name).
-test: setup
+test:
+	@scripts/setup.sh tests
 	@if [ -n "$(DRIVER)" ]; then DRIVER="$(abspath $(DRIVER))" $(CARGO) test --locked --test conformance -- $(ARGS); \
 	 else $(CARGO) test --locked; fi
 

@@ -4,7 +4,8 @@
 # prints a line for each change that it makes. It is quick when nothing is missing: it looks for commands first and asks
 # the package manager only for the missing ones.
 #
-#   scripts/setup.sh            everything for `make demo` and `make test`
+#   scripts/setup.sh            everything for `make demo` and `make build`
+#   scripts/setup.sh tests      also what `make test` needs: docker's programs, unpacked into target/docker
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the host (debootstrap)
 #   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator, a kernel, and tools for an initramfs
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
@@ -123,7 +124,8 @@ fi
 
 # tests/compat compares with docker. Its packages are unpacked, not installed: they would start dockerd on this machine.
 # In some releases, docker's command line is in a package of its own.
-if ! command -v dockerd >/dev/null && [ ! -e "$target/docker/.done" ]; then
+if case "${1:-}" in tests | programs) true ;; *) false ;; esac &&
+  ! { command -v dockerd && command -v docker; } >/dev/null && [ ! -e "$target/docker/.done" ]; then
   mkdir -p "$target/docker"
   (
     cd "$target/docker"
@@ -134,6 +136,7 @@ if ! command -v dockerd >/dev/null && [ ! -e "$target/docker/.done" ]; then
     for package in ./*.deb; do dpkg-deb -x "$package" .; done
     rm -f ./*.deb
     [ -x usr/sbin/dockerd ] || [ -x usr/bin/dockerd ]
+    [ -x usr/bin/docker ]
   ) || die "docker's packages could not be downloaded or unpacked"
   touch "$target/docker/.done"
   did "unpacked docker's packages in $target/docker"

@@ -125,6 +125,10 @@ fn configuration(root: &Path, run: &Path) -> String {
 /// # Errors
 /// Fails when the daemon can't be started or does not answer.
 pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError> {
+    acquire_within(root, run, LOCK_TIMEOUT).await
+}
+
+async fn acquire_within(root: &Path, run: &Path, limit: Duration) -> Result<DaemonHold, PrivateError> {
     let file = |path: &Path| {
         let path = path.to_owned();
         move |source| PrivateError::File { path, source }
@@ -132,40 +136,40 @@ pub async fn acquire(root: &Path, run: &Path) -> Result<DaemonHold, PrivateError
     create_private_dir(root).map_err(file(root))?;
     create_private_dir(run).map_err(file(run))?;
     let path = run.join("lock");
+    let deadline = tokio::time::Instant::now() + limit;
     loop {
-        let shared = lock(&path, FlockArg::LockSharedNonblock, LOCK_TIMEOUT).await?;
-        if client(run).version().await.is_ok() {
-            return Ok(DaemonHold { lock: Some(shared), run: run.to_owned() });
+        // Another program holds the lock exclusively while it starts or stops the daemon, and shared while it uses it.
+        if let Some(shared) = try_lock(&path, FlockArg::LockSharedNonblock)? {
+            if client(run).version().await.is_ok() {
+                return Ok(DaemonHold { lock: Some(shared), run: run.to_owned() });
+            }
+            // The daemon does not run. Only one program may start the daemon, and only while no other program uses it.
+            drop(shared);
+            if let Some(exclusive) = try_lock(&path, FlockArg::LockExclusiveNonblock)? {
+                if client(run).version().await.is_err() {
+                    start(root, run).await?;
+                }
+                // Before this function takes the shared lock again, another program may release its hold as the last
+                // one and stop the daemon. The loop then starts the daemon once more.
+                drop(exclusive);
+                continue;
+            }
         }
-        // The daemon does not run, or another program is stopping it. Only one program may start the daemon, and only
-        // while no other program uses it.
-        drop(shared);
-        let exclusive = lock(&path, FlockArg::LockExclusiveNonblock, LOCK_TIMEOUT).await?;
-        if client(run).version().await.is_err() {
-            start(root, run).await?;
+        if tokio::time::Instant::now() > deadline {
+            return Err(PrivateError::Locked { path, after: limit });
         }
-        // Before this function takes the shared lock again, another program may release its hold as the last one and
-        // stop the daemon. The loop then starts the daemon once more.
-        drop(exclusive);
+        tokio::time::sleep(LOCK_INTERVAL).await;
     }
 }
 
-/// Takes the lock. `how` does not block: another program may have the lock while it starts the daemon, and for as long
-/// as it uses the daemon, so the lock is tried until the time `limit` is over.
-async fn lock(path: &Path, how: FlockArg, limit: Duration) -> Result<Flock<File>, PrivateError> {
+/// Takes the lock, if that is possible at once. `how` must not block.
+fn try_lock(path: &Path, how: FlockArg) -> Result<Option<Flock<File>>, PrivateError> {
     let failed = |source| PrivateError::File { path: path.to_owned(), source };
-    let mut handle = open_lock_file(path).map_err(failed)?;
-    let deadline = tokio::time::Instant::now() + limit;
-    loop {
-        handle = match Flock::lock(handle, how) {
-            Ok(locked) => return Ok(locked),
-            Err((handle, nix::Error::EWOULDBLOCK)) => handle,
-            Err((_, errno)) => return Err(failed(errno.into())),
-        };
-        if tokio::time::Instant::now() > deadline {
-            return Err(PrivateError::Locked { path: path.to_owned(), after: limit });
-        }
-        tokio::time::sleep(LOCK_INTERVAL).await;
+    let handle = open_lock_file(path).map_err(failed)?;
+    match Flock::lock(handle, how) {
+        Ok(locked) => Ok(Some(locked)),
+        Err((_, nix::Error::EWOULDBLOCK)) => Ok(None),
+        Err((_, errno)) => Err(failed(errno.into())),
     }
 }
 
@@ -249,11 +253,13 @@ mod tests {
     async fn a_lock_that_is_not_released_is_named() {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let path = directory.path().join("lock");
-        let shared = lock(&path, FlockArg::LockSharedNonblock, Duration::ZERO).await.expect("free");
-        let error = lock(&path, FlockArg::LockExclusiveNonblock, Duration::from_millis(50)).await.expect_err("held");
-        assert!(matches!(&error, PrivateError::Locked { path: named, .. } if *named == path), "{error}");
-        let waiting = lock(&path, FlockArg::LockExclusiveNonblock, LOCK_TIMEOUT);
-        let (taken, ()) = tokio::join!(waiting, async { drop(shared) });
-        taken.expect("the lock is taken once it is released");
+        // Another program uses a daemon that does not answer, or starts one that never comes up.
+        for how in [FlockArg::LockSharedNonblock, FlockArg::LockExclusiveNonblock] {
+            let held = try_lock(&path, how).expect("a lock file").expect("free");
+            let acquired = acquire_within(directory.path(), directory.path(), Duration::from_millis(50)).await;
+            let Err(error) = acquired else { panic!("no daemon runs") };
+            assert!(matches!(&error, PrivateError::Locked { path: named, .. } if *named == path), "{error}");
+            drop(held);
+        }
     }
 }

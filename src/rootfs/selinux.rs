@@ -148,7 +148,13 @@ fn label_below(root: &OwnedFd, label: &CString) -> io::Result<()> {
         if !is_directory(&directory)? {
             continue;
         }
-        for name in names(directory.as_fd())? {
+        let names = match names(directory.as_fd()) {
+            Ok(names) => names,
+            // The directory was removed after it had been opened.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for name in names {
             let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
             let entry = match openat(&directory, name.as_os_str(), flags, Mode::empty()) {
                 Ok(entry) => entry,

@@ -293,6 +293,13 @@ async fn a_private_containerd_comes_and_goes() {
         assert_eq!(output.status.code(), i32::try_from(n).ok(), "{}", text(&output.stderr));
     }
     assert!(!cli.dir.join("run/containerd/pid").exists(), "the last one ended it");
+    // Of two that start at once, neither waits for the other's end.
+    let mut long = private(&["run", &image, "sleep", "20"]).spawn().unwrap();
+    let short = private(&["run", &image, "true"]).stderr(Stdio::piped()).spawn().unwrap();
+    let output = tokio::task::spawn_blocking(move || short.wait_with_output().unwrap()).await.unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(long.try_wait().unwrap().is_none(), "the first one still runs");
+    assert!(tokio::task::spawn_blocking(move || long.wait().unwrap()).await.unwrap().success());
     let lines: Vec<_> = leak::entries(std::path::Path::new("/proc"))
         .into_iter()
         .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok())

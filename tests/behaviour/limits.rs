@@ -209,7 +209,10 @@ async fn hosts_and_name_servers_are_as_the_job_says() {
     shared["host_network"] = json!(true);
     shared["extra_hosts"] = json!(["up:host-gateway", "redis:127.0.1.2"]);
     let hosts = seen(&mut env, shared, "cat /etc/hosts").await;
-    assert!(hosts.starts_with(&of_the_host) && hosts.ends_with("127.0.0.1\tup\n127.0.1.2\tredis\n"), "{hosts}");
+    assert!(
+        hosts.starts_with(&of_the_host) && hosts.ends_with("127.0.0.1\tup\n127.0.1.2\tredis\n127.0.1.1\town\n"),
+        "{hosts}"
+    );
     assert_eq!(fs::read_to_string("/etc/hosts").unwrap(), of_the_host);
 
     // host_dns = false: the image's own file, unless the group has a dns block.

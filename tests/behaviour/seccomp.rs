@@ -103,7 +103,7 @@ async fn profiles_from_files_hold_with_each_runtime() {
     }
     for (content, part) in [
         (None, "No such file"),
-        (Some("{".to_owned()), "neither docker's nor the OCI spec's form"),
+        (Some("{".to_owned()), "neither docker's form nor the OCI spec's"),
         (Some(json!({"defaultAction": "SCMP_ACT_PERHAPS"}).to_string()), "SCMP_ACT_PERHAPS"),
         (Some(" ".repeat(2 << 20)), "larger than"),
     ] {
