@@ -208,6 +208,14 @@ async fn secrets_stay_where_they_belong() {
         let task = task_with_secret(&mut env, &of_the_job).await;
         assert!(!task.stdout.text().contains(&of_the_agent), "{runtime}: the agent's environment is the task's");
         let plugin = env.plugin().pid().unwrap();
+        // A process that the plugin has just forked is a copy of the plugin until it executes its program.
+        let command = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        eventually("all processes have executed their programs", async || {
+            let is_copy = |pid: &u32| *pid != plugin && command(*pid) == command(plugin);
+            let copies: Vec<u32> = processes(&env).into_iter().filter(is_copy).collect();
+            if copies.is_empty() { Ok(()) } else { Err(copies) }
+        })
+        .await;
         let processes = processes(&env);
         assert!(processes.len() >= 2, "{processes:?}");
         for pid in processes {
