@@ -72,7 +72,7 @@ fn check_executable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Tells whether the file is this version's program. A file that can't be read is written again.
+/// Returns whether the file is this version's program. A file that can't be read is written again.
 fn is_current(path: &Path) -> bool {
     let has_mode = fs::metadata(path).is_ok_and(|found| found.permissions().mode() & 0o7777 == MODE);
     has_mode && fs::read(path).is_ok_and(|content| content == PROGRAM)

@@ -31,6 +31,7 @@ mod recover;
 mod refused;
 mod request;
 mod runtime;
+mod runtime_processes;
 mod sandbox_exec;
 mod saving;
 mod settings;

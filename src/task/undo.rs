@@ -4,7 +4,7 @@
 //! Failed starts, DestroyTask and the cleanup after a crashed plugin all use this code. So there is only one list of
 //! steps, and the tests of each use cover it.
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
@@ -14,6 +14,7 @@ use super::{
     group,
     guards::{TeardownGuard, catch_panic},
     interrupt, logs, refused,
+    runtime_processes::{RUNTIME_GRACE, any_process, is_runsc_running, wait_for_runtime, wait_while_running},
 };
 use crate::{
     failpoint,
@@ -21,7 +22,7 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     places::list_names,
-    process::{self, descendants},
+    process,
     rootfs::{RootfsError, bundle::BundlePaths},
     shim::{self, Adoption, Client, Exit, Shim, ShimError, SignalTarget},
 };
@@ -29,11 +30,8 @@ use crate::{
 /// How long a process may survive SIGKILL. Only a process that hangs in the kernel (NFS, a dying disk) survives it
 /// longer.
 pub(crate) const KILL_GRACE: Duration = Duration::from_secs(30);
-/// How long a runtime may continue to create a container that is to be torn down. Then the runtime is killed, since the
-/// container is of no use.
-const RUNTIME_GRACE: Duration = Duration::from_secs(5);
 /// How often the driver checks whether processes have ended.
-const POLL_INTERVAL: Duration = Duration::from_millis(5);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// How long after DestroyTask the teardown in the background begins. A caller often starts the next task at once.
 const TEARDOWN_DELAY: Duration = Duration::from_millis(3);
 /// How long the teardown in the background waits, in addition, for starts in progress.
@@ -316,75 +314,6 @@ pub(super) async fn delete_after_cleanup(context: &EngineContext, record: &Recor
         }
     }
     context.delete_dead(record).await
-}
-
-/// Waits until no runtime that the shim has called for this container is running any more, and kills those that take
-/// too long. A plugin that dies during a Create leaves such a runtime behind. It may still create the container, or was
-/// cut off while it created the container's process.
-async fn wait_for_runtime(context: &EngineContext, record: &Record, shim: &Shim) {
-    let cgroup = &record.intent.cgroup;
-    // The descendants of an unshared shim that are outside of the task's cgroup are runtimes. Of a shared shim's
-    // descendants, those are runtimes that have this container's id as an argument and are still in the shim's cgroup.
-    let is_unshared = shim.has_single_hold();
-    let is_running = || {
-        if record.intent.gvisor {
-            return is_runsc_running(record);
-        }
-        any_process(descendants(shim.pid())?.into_iter().skip(1), |pid| {
-            if is_unshared {
-                return context.cgroups.contains(cgroup, pid).map(|holds| !holds);
-            }
-            Ok(context.cgroups.are_in_same_groups(pid, shim.pid())?
-                && interrupt::has_container_arg(pid, &record.intent.container_id)?)
-        })
-    };
-    wait_while_running(record, RUNTIME_GRACE, is_running).await;
-    if is_running().unwrap_or(true) {
-        interrupt::kill_runtime(shim.pid(), &record.intent.container_id);
-        wait_while_running(record, KILL_GRACE, is_running).await;
-    }
-}
-
-/// Says whether the condition holds for any of these processes.
-fn any_process(mut pids: impl Iterator<Item = u32>, holds: impl Fn(u32) -> io::Result<bool>) -> io::Result<bool> {
-    pids.find_map(|pid| holds(pid).map(|holds| holds.then_some(())).transpose()).transpose().map(|one| one.is_some())
-}
-
-/// Waits while a runtime is running, but at most `limit`. Returns true if one was running. If the check fails, a
-/// runtime is assumed to be running.
-async fn wait_while_running(record: &Record, limit: Duration, is_running: impl Fn() -> io::Result<bool>) -> bool {
-    let deadline = tokio::time::Instant::now() + limit;
-    let mut was_running = false;
-    loop {
-        let problem = match is_running() {
-            Ok(false) => break,
-            Ok(true) => "it is still running".to_owned(),
-            Err(error) => format!("its processes can't be inspected: {error}"),
-        };
-        was_running = true;
-        if tokio::time::Instant::now() > deadline {
-            tracing::warn!(
-                task = %record.intent.task_id, problem,
-                "a runtime may still be running; no longer waiting for it"
-            );
-            break;
-        }
-        tokio::time::sleep(POLL_INTERVAL).await;
-    }
-    was_running
-}
-
-/// Says whether a runsc is creating this container. All processes of the host are searched, because a shim that gives
-/// up kills the process that it has called, but not that process's children.
-fn is_runsc_running(record: &Record) -> io::Result<bool> {
-    any_process(process::all_pids()?.into_iter(), |pid| {
-        let read = |file: &str| process::none_if_vanished(fs::read(format!("/proc/{pid}/{file}")));
-        let Some(line) = read("cmdline")? else { return Ok(false) };
-        if !line.split(|byte| *byte == 0).any(|arg| arg == record.intent.container_id.as_str().as_bytes()) {
-            return Ok(false);
-        }
-        Ok(read("comm")?.is_some_and(|name| gvisor::is_creating_container(&String::from_utf8_lossy(&name), &line)))
-    })
 }
 
 /// Waits for a runsc that the shim had called just before the shim was ended, and deletes the container that this runsc

@@ -232,7 +232,7 @@ fn commands() -> Vec<Case> {
                 .with_config("Entrypoint", json!(["/probe"]))
                 .with_config("Cmd", json!(["argument", "two words"]))
                 .with_config("User", json!("user"))
-                .with_config("WorkingDir", json!("/work/here"))
+                .with_config("WorkingDir", json!("/srv/here"))
                 .with_config("Env", json!(["A=b=c", "EMPTY=", "HOME=/elsewhere"]))
         }),
     ]

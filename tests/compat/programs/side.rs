@@ -56,7 +56,7 @@ impl Side {
     pub(super) async fn start(&mut self, program: &Program) -> Result<(), String> {
         match self {
             Self::Docker { image, data, container } => {
-                // As dockerd starts it: whoever has run before is removed.
+                // The container of the earlier life is removed.
                 *container = None;
                 let data = data.to_str().unwrap();
                 let options: Vec<String> = program.docker.iter().map(|option| option.replace("{data}", data)).collect();

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Life, Program, Step, until, writes};
+use super::{Life, Program, until, writes};
 
 const INNER: &str = "docker -H unix:///run/inner.sock";
 
@@ -62,10 +62,7 @@ pub(super) fn programs() -> Vec<Program> {
                     writes(inner("info -f '{{.Driver}}'"), "overlay2\n"),
                     writes(import, "linux\n"),
                     writes(inner("run --rm --network none bb /busybox echo from inside"), "from inside\n"),
-                    Step::Writes(
-                        vec!["sh", "-c", inner("run --rm --network none --memory 32m bb /busybox id -u")],
-                        "0\n",
-                    ),
+                    writes(inner("run --rm --network none --memory 32m bb /busybox id -u"), "0\n"),
                 ],
                 0,
             )],
