@@ -114,6 +114,7 @@ pub mod ids;
 pub mod image;
 pub mod logs;
 pub mod netns;
+pub mod netns_pool;
 pub mod overlay;
 pub mod pb;
 pub mod peer;

@@ -1,4 +1,5 @@
-//! Reads the addresses and routes of another network namespace, and restores them after a program has removed them.
+//! Network namespaces: creates them, finds processes in them, reads the addresses and routes of another namespace, and
+//! restores them after a program has removed them.
 //!
 //! This uses rtnetlink(7) and keeps its messages unchanged: the message by which a dump reports an address or a route
 //! is also the one that adds it again.
@@ -15,7 +16,7 @@ use std::{
 };
 
 use nix::{
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt},
     sys::time::{TimeVal, TimeValLike as _},
 };
@@ -29,6 +30,8 @@ const ANSWER_TIMEOUT_SECONDS: i64 = 5;
 const BUFFER_SIZE: usize = 64 << 10;
 /// The size of `nlmsghdr` in bytes (netlink(7)).
 const HEADER_SIZE: usize = 16;
+/// The index that the loopback device has in every network namespace (linux, `include/net/net_namespace.h`).
+const LOOPBACK_INDEX: u32 = 1;
 
 /// The addresses and routes of a network namespace, without those of the loopback device and those that the kernel
 /// makes by itself.
@@ -52,8 +55,8 @@ impl Addresses {
     /// Fails when the namespace can't be entered, or the kernel refuses the request.
     pub fn of(namespace: &Path) -> io::Result<Self> {
         let socket = route_socket(namespace)?;
-        // ifaddrmsg: family, prefix length, flags, scope, then the device's index; 1 is the loopback device.
-        let is_own = |address: &Vec<u8>| address.get(4..8).is_some_and(|index| index != 1_u32.to_ne_bytes());
+        // ifaddrmsg: family, prefix length, flags, scope, then the device's index.
+        let is_own = |address: &Vec<u8>| address.get(4..8).is_some_and(|index| index != LOOPBACK_INDEX.to_ne_bytes());
         // rtmsg: family, two lengths, tos, table, protocol, scope, type.
         let is_set = |route: &Vec<u8>| {
             route.get(4..8).is_some_and(|fields| {
@@ -121,17 +124,48 @@ pub fn find_process_in(namespace: &Path) -> io::Result<Option<u32>> {
     Ok(None)
 }
 
-/// Opens a socket in the namespace, where the socket stays. A new thread enters the namespace for this and ends then: a
-/// thread that has entered a namespace stays there.
+/// Creates a network namespace whose loopback device is up, as container runtimes do for a new container. The namespace
+/// exists as long as the returned descriptor, or a process in it. Blocks for half a millisecond.
+///
+/// # Errors
+/// Fails as unshare(2) does, or when the kernel refuses to bring the device up.
+pub fn create() -> io::Result<OwnedFd> {
+    in_new_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        bring_up_loopback(&own_route_socket()?)?;
+        File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+    })
+}
+
+/// Brings up the loopback device of the socket's namespace. The kernel then gives it its addresses.
+fn bring_up_loopback(socket: &OwnedFd) -> io::Result<()> {
+    let up = u32::try_from(libc::IFF_UP).map_err(io::Error::other)?;
+    // ifinfomsg: family, padding and type; the device's index; its flags; the flags to change (rtnetlink(7)).
+    let message = [[0; 4], LOOPBACK_INDEX.to_ne_bytes(), up.to_ne_bytes(), up.to_ne_bytes()].concat();
+    send_request(socket, libc::RTM_NEWLINK, libc::NLM_F_REQUEST | libc::NLM_F_ACK, &message)?;
+    receive(socket, |_, _| {})
+}
+
+/// Opens a socket in the namespace, where the socket stays.
 fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
     let namespace = File::open(namespace)?;
-    let enter = || -> io::Result<OwnedFd> {
+    in_new_thread(|| {
         setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-        let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
-        let socket = socket(kind.0, kind.1, kind.2, kind.3)?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT_SECONDS))?;
-        Ok(socket)
-    };
+        own_route_socket()
+    })
+}
+
+/// Opens a socket in the calling thread's namespace.
+fn own_route_socket() -> io::Result<OwnedFd> {
+    let kind = (AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute);
+    let socket = socket(kind.0, kind.1, kind.2, kind.3)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT_SECONDS))?;
+    Ok(socket)
+}
+
+/// Calls `enter`, which enters another namespace, in a new thread that ends then: a thread that has entered a namespace
+/// stays there.
+fn in_new_thread<T: Send>(enter: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| io::Error::other("the namespace's thread panicked"))?
 }
 

@@ -75,7 +75,7 @@ impl Driver for DriverService {
             tokio::spawn(async move {
                 tokio::time::sleep(POOL_FILL_DELAY).await;
                 if let Ok(engine) = this.engine().await {
-                    engine.fill_shim_pool();
+                    engine.fill_pools();
                 }
             });
         }

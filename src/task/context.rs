@@ -23,6 +23,7 @@ use crate::{
     gvisor,
     ids::{ContainerId, TaskId},
     image::{ImageRecord, ImageStore},
+    netns_pool::NetnsPool,
     rootfs::{
         Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, labels::PolicyLabels,
         limits::DefaultSysctls, seccomp::FilterCache,
@@ -44,6 +45,8 @@ pub(crate) struct EngineContext {
     pub(super) pid_files: Option<PidFiles>,
     /// Prepared root file systems of the images that were used last.
     pub(super) rootfs_pool: RootfsPool,
+    /// Prepared network namespaces for tasks with a network of their own.
+    pub(super) netns_pool: NetnsPool,
     pub(super) events: EventHub,
     pub(super) metrics: Metrics,
     /// The groups whose tasks share a network namespace.
@@ -156,7 +159,7 @@ impl EngineContext {
     }
 
     /// Does in the background what a start has deferred: unmounts the sources of the task's mounts, unless its shim
-    /// needs them, and prepares a root file system for the next task of the image.
+    /// needs them, and prepares a root file system for the next task of the image and network namespaces.
     pub(super) fn spawn_deferred_work(
         self: &Arc<Self>,
         record: &Record,
@@ -172,6 +175,7 @@ impl EngineContext {
                 if let Some(sources) = sources {
                     sources.unmount(&task);
                 }
+                context.fill_netns_pool();
                 context.rootfs_pool.prepare(layers(&image))
             };
             // Without a prepared root file system, the next start mounts its own, and reports what is wrong.
@@ -179,6 +183,13 @@ impl EngineContext {
                 tracing::debug!(error = %crate::error_chain(&error), "could not prepare a root file system");
             }
         });
+    }
+
+    /// Fills the pool of network namespaces. Blocks for half a millisecond for each namespace.
+    pub(super) fn fill_netns_pool(&self) {
+        if let Err(error) = self.netns_pool.fill() {
+            tracing::debug!(%error, "could not prepare a network namespace; the runtime creates one for the next task");
+        }
     }
 
     /// Waits until the teardowns in the background have ended, but at most `TEARDOWNS_TIMEOUT`.

@@ -177,9 +177,11 @@ impl Engine {
         crate::process::which(self.0.context.pool.launcher().binary()).is_some()
     }
 
-    /// Fills the pool of idle shims in the background.
-    pub fn fill_shim_pool(&self) {
+    /// Fills the pools of idle shims and of prepared network namespaces in the background.
+    pub fn fill_pools(&self) {
         self.0.context.pool.refill();
+        let context = self.0.context.clone();
+        tokio::task::spawn_blocking(move || context.fill_netns_pool());
     }
 
     /// Fills the pool of idle shims, and returns whether it is full within `limit`.
@@ -388,7 +390,10 @@ impl Engine {
         if let Some(primer) = &self.0.context.cgroup_primer {
             primer.stop();
         }
-        tokio::task::block_in_place(|| self.0.context.rootfs_pool.close());
+        tokio::task::block_in_place(|| {
+            self.0.context.rootfs_pool.close();
+            self.0.context.netns_pool.close();
+        });
         self.0.context.log_writer_supervisor.end_if_idle();
         self.settings().places.remove_uppers_if_empty();
     }

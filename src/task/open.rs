@@ -28,6 +28,7 @@ use crate::{
     containerd,
     ids::ContainerId,
     image::{ImageStore, Reference},
+    netns_pool::NetnsPool,
     places::Places,
     rootfs::{
         Capabilities, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
@@ -85,6 +86,7 @@ impl Engine {
         let primer = cgroup_primer(settings.keep_warm, &cgroups);
         let max_prepared = if settings.upper == UpperStorage::Disk { settings.shim.pool.size } else { 0 };
         let rootfs_pool = RootfsPool::new(places.prepared_rootfs(), max_prepared);
+        let netns_pool = NetnsPool::new(settings.shim.pool.size);
         let log_failure =
             |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
         let pid_files = PidFiles::new().inspect_err(log_failure).ok();
@@ -100,6 +102,7 @@ impl Engine {
             pool,
             pid_files,
             rootfs_pool,
+            netns_pool,
             events,
             metrics: Metrics::default(),
             groups: NetnsRegistry::default(),

@@ -25,6 +25,7 @@ use crate::{
     failpoint, gvisor,
     ids::{ContainerId, ShimId},
     image::ImageRecord,
+    netns_pool::PreparedNetns,
     rootfs::{
         self, Capabilities, ImageDefaults, NetworkNamespace, Pins, PreparedPins, Privilege, RootfsError, SpecInput,
         Terminal,
@@ -219,6 +220,15 @@ impl Plan<'_> {
         }
     }
 
+    /// Takes a prepared network namespace for the task; `None` if the task has no network of its own or none is
+    /// prepared. Only crun and runc are known to join a namespace as they use one that they create. Others may do
+    /// more: a sandbox has a network stack of its own, and sysbox needs a namespace that belongs to its user namespace.
+    pub(super) fn take_prepared_netns(&self, context: &EngineContext) -> Option<PreparedNetns> {
+        let is_private = network_namespace(self.request) == NetworkNamespace::Private;
+        let joins = self.runtime.gvisor.is_none() && self.runtime.shim.is_none() && self.runtime.waits_at_fifo();
+        if is_private && joins { context.netns_pool.take() } else { None }
+    }
+
     /// Returns which component starts the process of the created container.
     pub(super) fn started_by(&self, context: &EngineContext) -> StartedBy {
         match (&self.runtime.gvisor, &self.runtime.shim) {
@@ -314,11 +324,11 @@ impl Plan<'_> {
         Ok(paths.write_spec(spec)?)
     }
 
-    /// Builds the OCI spec. This changes nothing on the host.
+    /// Builds the OCI spec. The task joins `netns`, if that is given. This changes nothing on the host.
     ///
     /// # Errors
     /// When the job, the image or the settings ask for what can't be done.
-    pub(super) fn spec(&self, context: &EngineContext) -> Result<Spec, TaskError> {
+    pub(super) fn spec(&self, context: &EngineContext, netns: Option<&PreparedNetns>) -> Result<Spec, TaskError> {
         let Self { request, image, .. } = self;
         let options = &request.options;
         let settings = &context.settings;
@@ -343,7 +353,8 @@ impl Plan<'_> {
             let (key, value) = gvisor::SANDBOX_ANNOTATION;
             annotations.insert(key.to_owned(), value.to_owned());
         }
-        let network = network_namespace(request);
+        let own_network = network_namespace(request);
+        let network = netns.map_or(own_network, |prepared| NetworkNamespace::Path(prepared.path()));
         let mut sysctl = options.sysctl.clone();
         // gVisor's kernel has no such parameters, and restricts neither ports nor ping.
         if network != NetworkNamespace::Host && self.runtime.gvisor.is_none() {

@@ -293,7 +293,9 @@ async fn create_task(
     let priming = context.cgroup_primer.as_ref().map(CgroupLockPrimer::prime);
     // Building the spec changes nothing on the host, so that an invalid user or an empty command is found before
     // anything is made.
-    let spec = plan.spec(context)?;
+    // This exists until the container's process has joined it.
+    let prepared_netns = plan.take_prepared_netns(context);
+    let spec = plan.spec(context, prepared_netns.as_ref())?;
     let collector_stdio = if logs::is_written_by_driver(&context.settings, request) {
         None
     } else {

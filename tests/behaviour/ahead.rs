@@ -1,5 +1,5 @@
-//! Prepared root file systems: the next task of the image uses one, no two tasks share one, and all of them are gone
-//! when the plugin has ended.
+//! Prepared root file systems and network namespaces: the next task uses one, no two tasks share one, and all of them are
+//! gone when the plugin has ended.
 
 use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::PathBuf};
 
@@ -71,5 +71,93 @@ async fn none_is_made_without_a_pool() {
         env.destroy(&task).await.unwrap();
     }
     assert_eq!(entries(&env.dir.join("state/ahead")), Vec::<String>::new());
+    env.finish().await;
+}
+
+/// The plugin's descriptors of network namespaces, by what they refer to (`net:[INODE]`).
+fn network_descriptors(env: &Env) -> impl Iterator<Item = (String, PathBuf)> {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", env.plugin().pid().unwrap())).unwrap();
+    let targets = descriptors.filter_map(|entry| {
+        let path = entry.unwrap().path();
+        Some((fs::read_link(&path).ok()?.to_string_lossy().into_owned(), path))
+    });
+    targets.filter(|(target, _)| target.starts_with("net:["))
+}
+
+/// The network namespaces that the plugin has open, as `net:[INODE]`.
+fn prepared_networks(env: &Env) -> BTreeSet<String> {
+    network_descriptors(env).map(|(target, _)| target).collect()
+}
+
+fn open_networks(env: &Env) -> Vec<fs::File> {
+    network_descriptors(env).map(|(_, path)| fs::File::open(path).unwrap()).collect()
+}
+
+async fn wait_for_networks(env: &Env, count: usize) -> BTreeSet<String> {
+    eventually("network namespaces are prepared", async || {
+        let prepared = prepared_networks(env);
+        if prepared.len() == count { Ok(()) } else { Err(prepared) }
+    })
+    .await;
+    prepared_networks(env)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_task_has_a_network_namespace_of_its_own() {
+    const REPORT: &str =
+        "readlink /proc/self/ns/net; ip -o addr show up; sysctl -n net.ipv4.ip_unprivileged_port_start";
+    for runtime in ["crun", "runc"] {
+        let mut env = Env::configured(json!({"shim": {"pool": 2}, "default_runtime": runtime})).await;
+        let mut prepared = wait_for_networks(&env, 2).await;
+        let mut used = BTreeSet::new();
+        let mut tasks = Vec::new();
+        for _ in 0..3 {
+            let task = env.sh(&format!("{REPORT}; echo end; exec sleep 600")).await;
+            task.says("end").await;
+            let said = task.stdout.text();
+            let (namespace, rest) = said.split_once('\n').unwrap();
+            assert!(rest.contains("127.0.0.1/8") && rest.contains("::1/128") && !rest.contains("eth"), "{said}");
+            assert!(rest.ends_with("\n0\nend\n"), "{said}");
+            assert!(prepared.contains(namespace), "a prepared one: {prepared:?} {said}");
+            assert!(used.insert(namespace.to_owned()), "no other task has it: {used:?} {said}");
+            assert_eq!(env.exec_text(&task, "readlink /proc/self/ns/net").await.trim_end(), namespace);
+            tasks.push(task);
+            let refilled = wait_for_networks(&env, 2).await;
+            assert!(refilled.is_disjoint(&used), "a used one is not prepared again: {refilled:?} {used:?}");
+            prepared.extend(refilled);
+        }
+        for task in tasks {
+            env.destroy(&task).await.unwrap();
+        }
+        env.finish().await;
+    }
+}
+
+/// A namespace that a start has taken may hold what a runtime has set in it, so no other task gets it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_network_namespace_of_a_failed_start_is_discarded() {
+    let mut env = Env::configured(json!({"shim": {"pool": 1}})).await;
+    let prepared = wait_for_networks(&env, 1).await;
+    // While the namespaces exist, the kernel gives their inode numbers to no others.
+    let _exist = open_networks(&env);
+    let image = env.busybox().await;
+    let mut task = env.prepare(json!({"image": image, "command": "/missing"})).await;
+    env.try_start(&mut task).await.unwrap_err();
+    let (_, out, _) = env.run(json!({"image": image, "command": "readlink", "args": ["/proc/self/ns/net"]})).await;
+    assert!(!prepared.contains(out.trim_end()), "{prepared:?} {out}");
+    assert!(wait_for_networks(&env, 1).await.is_disjoint(&prepared));
+    env.finish().await;
+}
+
+/// Tasks with the host's network, or their group's, take none.
+#[tokio::test(flavor = "multi_thread")]
+async fn other_networks_take_no_prepared_namespace() {
+    let mut env = Env::configured(json!({"shim": {"pool": 1}, "security": {"allow_host_namespaces": true}})).await;
+    let prepared = wait_for_networks(&env, 1).await;
+    let image = env.busybox().await;
+    let report = json!({"image": image, "command": "readlink", "args": ["/proc/self/ns/net"], "host_network": true});
+    let (_, out, _) = env.run(report).await;
+    assert_eq!(out.trim_end(), fs::read_link("/proc/self/ns/net").unwrap().to_string_lossy());
+    assert_eq!(prepared_networks(&env), prepared);
     env.finish().await;
 }

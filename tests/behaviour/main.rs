@@ -26,6 +26,7 @@ mod collected;
 mod commands;
 mod config;
 mod crash;
+mod csi;
 mod cut_off;
 mod descriptors;
 mod documents;

@@ -236,21 +236,27 @@ async fn in_containerd(env: &Env) -> Vec<String> {
     leaks
 }
 
-/// Returns wrong descriptors of the plugin: it may have no FIFO, directory, file or namespace of a task open, and two
-/// descriptors for each idle shim.
+/// Returns wrong descriptors of the plugin: it may have no FIFO, directory or file of a task open, two descriptors for
+/// each idle shim, and one for each network namespace of its pool.
 fn descriptors(env: &Env, pid: u32) -> Vec<String> {
     let dir = env.dir.to_str().unwrap();
     let idle = entries(&env.dir.join("run/shims")).len();
-    let mut pidfds = 0;
+    let (mut pidfds, mut networks) = (0, 0);
     let mut leaks = Vec::new();
     let Ok(open) = fs::read_dir(format!("/proc/{pid}/fd")) else { return vec!["the plugin is gone".to_owned()] };
     for entry in open.flatten() {
         let target = fs::read_link(entry.path()).unwrap_or_default().to_string_lossy().into_owned();
         if target.contains("pidfd") {
             pidfds += 1;
-        } else if target.contains(dir) && !target.ends_with("run/lock") || target.starts_with("net:") {
+        } else if target.starts_with("net:") {
+            networks += 1;
+        } else if target.contains(dir) && !target.ends_with("run/lock") {
             leaks.push(format!("descriptor of the plugin: {target}"));
         }
+    }
+    let pool = env.config["shim"]["pool"].as_u64().unwrap_or(2);
+    if networks > pool {
+        leaks.push(format!("descriptors of the plugin: {networks} network namespaces, with a pool of {pool}"));
     }
     // Each shim has two pidfds: tokio watches each child by its own, and the driver by another. The log writer
     // supervisor, if there is one, has a third, which the driver waits on.
