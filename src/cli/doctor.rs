@@ -1,6 +1,10 @@
 //! `doctor`: shows what this host supports, what is missing, and how to fix it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
 
 use clap::Args;
 use serde_json::json;
@@ -13,11 +17,14 @@ use super::{
 use crate::{
     cgroup::{CgroupMode, Cgroups},
     containerd::Client,
-    process::async_command,
+    process::{async_command, bounded_output},
     task::{
         APPARMOR_PREFIX, AppArmorHost, AppArmorSupport, FilterForm, PARSER_PACKAGE, probe_crun, probe_runsc, which,
     },
 };
+
+/// How long a program may take to print its version.
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Show what this host supports
 #[derive(Args, Debug)]
@@ -255,10 +262,16 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
     }
 }
 
-/// Returns the first word of a program's output that looks like a version.
+/// Returns the first word of a program's output that looks like a version; an empty text for a program that prints none
+/// in time.
 async fn version(program: &Path, flag: &str) -> String {
-    let output = async_command(program).arg(flag).output().await;
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let mut command = async_command(program);
+    command.arg(flag).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(VERSION_TIMEOUT, bounded_output(&mut command)).await;
+    let text = match output {
+        Ok(Ok(output)) => String::from_utf8_lossy(&output.stdout).into_owned(),
+        Ok(Err(_)) | Err(_) => String::new(),
+    };
     let is_version = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.');
     text.split_whitespace().map(|word| word.trim_start_matches('v')).find(is_version).unwrap_or_default().to_owned()
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use serde_json::json;
 
-use super::{CliError, CommonArgs, print_data, ps, table, tasks};
+use super::{CliError, CommonArgs, print_data, print_message, ps, table, tasks};
 use crate::cgroup::{CgroupError, Cgroups, Usage, cpu_percent};
 
 /// The time between the two samples from which processor usage is computed.
@@ -31,22 +31,31 @@ impl Stats {
     /// Prints the list.
     ///
     /// # Errors
-    /// Fails when the task does not exist, a cgroup can't be read, or output fails.
+    /// Fails when the task does not exist, or output fails. A task whose cgroup can't be read is left out with a
+    /// message, and the exit code is 1.
     pub(crate) async fn execute(self, common: &CommonArgs) -> Result<u8, CliError> {
         let tasks = match &self.task {
             Some(task) => tasks::AllTasks { tasks: vec![tasks::find_task(common, task)?], is_complete: true },
             None => tasks::all_tasks(common)?,
         };
-        let exit_code = tasks.exit_code();
+        let mut exit_code = tasks.exit_code();
         let cgroups = Cgroups::detect()?;
-        let sample = |found: &tasks::FoundTask| cgroups.usage(&found.record.intent.cgroup);
         let running: Vec<_> = tasks.tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
-        let measure = || running.iter().map(sample).collect::<Result<Vec<Option<Usage>>, _>>();
-        let (first, began) = (measure()?, Instant::now());
+        let mut measure = || -> Vec<Option<Usage>> {
+            let usage = |found: &tasks::FoundTask| {
+                cgroups.usage(&found.record.intent.cgroup).unwrap_or_else(|error| {
+                    print_message(&format!("nomad-driver-shim: {}", crate::error_chain(&error)));
+                    exit_code = 1;
+                    None
+                })
+            };
+            running.iter().map(usage).collect()
+        };
+        let (first, began) = (measure(), Instant::now());
         if !running.is_empty() {
             tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
-        let second = measure()?;
+        let second = measure();
         let time = began.elapsed();
         let mut list = Vec::new();
         let mut rows = Vec::new();

@@ -117,6 +117,13 @@ impl ImageStore {
         })))
     }
 
+    /// Removes the mounts of images that a killed plugin has left. A failure is logged, since it disturbs no pull.
+    pub fn remove_stale_views(&self) {
+        if let Err(error) = unpack::remove_stale_views(&self.0.places.images()) {
+            tracing::warn!(%error, "could not remove the mounts of images that an earlier plugin has left");
+        }
+    }
+
     pub(super) fn inner(&self) -> &Inner {
         &self.0
     }

@@ -1,8 +1,16 @@
 //! Unpacks layers into containerd's snapshotter, and reads an image's passwd and group files from the unpacked layers.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs::{self, File},
+    io,
+    os::{fd::AsRawFd as _, unix::fs::OpenOptionsExt as _},
+    path::Path,
+};
 
-use nix::mount::{MntFlags, umount2};
+use nix::{
+    mount::{MntFlags, umount2},
+    sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
+};
 
 use super::{
     ImageError, Reference,
@@ -13,6 +21,7 @@ use super::{
 use crate::{
     accounts::{self, AccountsError},
     containerd::{Client, Labels, LeaseId},
+    files::none_if_missing,
     ids::{ChainId, Digest, random_hex},
 };
 
@@ -119,14 +128,59 @@ pub(crate) struct Accounts {
     pub group: String,
 }
 
-/// Reads the image's passwd and group files as its processes would see them: through a mount of all layers, which is
-/// removed before the function returns.
+/// The beginning of the names of directories at which the layers of an image are mounted for a moment.
+const VIEW_PREFIX: &str = "view-";
+
+/// Unmounts and removes the mounts of images that a killed process has left in `scratch`. A mount that is in use is
+/// removed as well, and its user notices that ([`open_view`]).
+///
+/// # Errors
+/// Fails when `scratch` can't be listed, or a mount or its directory can't be removed.
+pub(crate) fn remove_stale_views(scratch: &Path) -> io::Result<()> {
+    for name in crate::places::list_names(scratch).map_err(io::Error::other)? {
+        if !name.starts_with(VIEW_PREFIX) {
+            continue;
+        }
+        let path = scratch.join(name);
+        match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            // EINVAL means that nothing is mounted there.
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        none_if_missing(fs::remove_dir(&path))?;
+    }
+    Ok(())
+}
+
+/// Returns a descriptor of a read-only mount of all layers. The mount exists as long as the descriptor, and is attached
+/// at a directory in `scratch` only until the function returns.
+///
+/// # Errors
+/// Fails when the layers can't be mounted, or the mount was removed before it could be opened.
+fn open_view(stack: &LayerStack, path: &Path) -> io::Result<File> {
+    fs::create_dir(path)?;
+    let opened = crate::overlay::mount_read_only(&stack.lowers, &stack.options, path).and_then(|()| {
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let opened = File::options().read(true).custom_flags(flags).open(path);
+        umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
+        opened
+    });
+    fs::remove_dir(path)?;
+    let opened = opened?;
+    // The empty directory below a mount that was removed would look like an image without accounts.
+    if fstatfs(&opened)?.filesystem_type() != OVERLAYFS_SUPER_MAGIC {
+        return Err(io::Error::other("another process removed the mount of the image's layers"));
+    }
+    Ok(opened)
+}
+
+/// Reads the image's passwd and group files as its processes would see them: through a mount of all layers.
 ///
 /// # Errors
 /// Fails when the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an
 /// error.
 pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: &Path) -> Result<Accounts, ImageError> {
-    let path = scratch.join(format!("view-{}", random_hex(8)));
+    let path = scratch.join(format!("{VIEW_PREFIX}{}", random_hex(8)));
     let failed = |source: io::Error| ImageError::StoreFile { path: path.clone(), source };
     let read_both = |root: &Path| {
         let (passwd, group) = (accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?);
@@ -134,15 +188,9 @@ pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: 
     };
     let read = match &stack.lowers[..] {
         [only] => read_both(only),
-        lowers => {
-            fs::create_dir(&path).map_err(failed)?;
-            let mounted = crate::overlay::mount_read_only(lowers, &stack.options, &path);
-            let read = mounted.map(|()| {
-                let read = read_both(&path);
-                umount2(&path, MntFlags::MNT_DETACH).map(|()| read)
-            });
-            fs::remove_dir(&path).map_err(failed)?;
-            read.map_err(failed)?.map_err(|errno| failed(errno.into()))?
+        _ => {
+            let root = open_view(stack, &path).map_err(failed)?;
+            read_both(Path::new(&format!("/proc/self/fd/{}", root.as_raw_fd())))
         }
     };
     read.map_err(|error: AccountsError| match error {

@@ -3,7 +3,7 @@
 //! has few reasons to die.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     fs::File,
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
@@ -86,14 +86,14 @@ pub fn run_supervisor(logs: &Path) -> io::Result<()> {
 struct Guards {
     logs: PathBuf,
     guards: HashMap<String, FifoGuard>,
-    /// Tasks with a FIFO that could not be opened, for example for lack of descriptors. Without it, output in the FIFO
-    /// is lost when its task ends while no log writer runs.
-    incomplete: HashSet<String>,
+    /// Tasks with a FIFO that could not be opened, for example for lack of descriptors, and the guards that the task
+    /// had before. They may be of the same FIFO, whose content is lost if no process has it open.
+    incomplete: HashMap<String, Vec<FifoGuard>>,
 }
 
 impl Guards {
     fn new(logs: &Path) -> Self {
-        Self { logs: logs.to_owned(), guards: HashMap::new(), incomplete: HashSet::new() }
+        Self { logs: logs.to_owned(), guards: HashMap::new(), incomplete: HashMap::new() }
     }
 
     /// Opens the FIFOs of all tasks, again if they are open: another task may have the name of a removed one.
@@ -105,11 +105,15 @@ impl Guards {
     /// Opens the FIFOs of a task. If a FIFO can't be opened, that is logged once and tried again later.
     fn add(&mut self, task: String) {
         let mut guard = FifoGuard::default();
-        if let Err(error) = guard.open_missing(&self.logs.join(&task)) {
-            tracing::error!(task, %error, "could not open a FIFO of a task's log; trying again");
-            self.incomplete.insert(task.clone());
+        let opened = guard.open_missing(&self.logs.join(&task));
+        let earlier = self.guards.insert(task.clone(), guard);
+        match opened {
+            Ok(()) => drop(self.incomplete.remove(&task)),
+            Err(error) => {
+                tracing::error!(task, %error, "could not open a FIFO of a task's log; trying again");
+                self.incomplete.entry(task).or_default().extend(earlier);
+            }
         }
-        self.guards.insert(task, guard);
     }
 
     fn remove(&mut self, task: &str) {
@@ -121,7 +125,7 @@ impl Guards {
     fn open_missing(&mut self) {
         let Self { logs, guards, incomplete } = self;
         incomplete
-            .retain(|task| guards.get_mut(task).is_some_and(|guard| guard.open_missing(&logs.join(task)).is_err()));
+            .retain(|task, _| guards.get_mut(task).is_some_and(|guard| guard.open_missing(&logs.join(task)).is_err()));
     }
 
     /// Returns how long to wait before `open_missing` is called again.
@@ -210,7 +214,12 @@ pub fn supervisor_args(logs: &Path) -> [PathBuf; 2] {
 
 #[cfg(test)]
 mod tests {
-    use std::{cell::Cell, fs, os::unix::fs::symlink};
+    use std::{
+        cell::Cell,
+        fs,
+        io::{Read as _, Write as _},
+        os::unix::fs::{OpenOptionsExt as _, symlink},
+    };
 
     use super::*;
     use crate::logs::{LogOptions, LogSpec, create_task_dir, fifo_path};
@@ -236,6 +245,33 @@ mod tests {
         fs::remove_file(&fifo).expect("removed");
         guards.add("task".to_owned());
         assert_eq!((count(&guards), guards.retry_interval()), (1, PollTimeout::NONE));
+    }
+
+    #[test]
+    fn a_fifo_that_can_not_be_opened_again_keeps_its_content() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = root.path().join("task");
+        let spec = LogSpec { alloc_dir: "/x".into(), task: "task".to_owned(), options: LogOptions::default() };
+        create_task_dir(&dir, &spec, false).expect("created");
+        let mut guards = Guards::new(root.path());
+        guards.add_all().expect("listed");
+        let (fifo, hidden) = (fifo_path(&dir, "stdout"), dir.join("hidden"));
+        let open = |path: &Path| {
+            let mut options = fs::File::options();
+            options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).expect("opened")
+        };
+        open(&fifo).write_all(b"said").expect("written");
+        fs::rename(&fifo, &hidden).expect("renamed");
+        symlink("hidden", &fifo).expect("linked");
+        // The second attempt fails like the first.
+        guards.add_all().expect("listed");
+        guards.add_all().expect("listed");
+        let mut text = [0; 4];
+        open(&hidden).read_exact(&mut text).expect("read");
+        assert_eq!(&text, b"said");
+        fs::rename(&hidden, &fifo).expect("renamed");
+        guards.open_missing();
+        assert!(guards.incomplete.is_empty(), "guards that are not needed any more are dropped");
     }
 
     #[test]

@@ -79,6 +79,7 @@ impl Engine {
         let containerd = &settings.containerd;
         let client = containerd::Client::new(&containerd.address, &containerd.namespace, &containerd.snapshotter);
         let images = ImageStore::open(&places, client).map_err(|error| super::SharedImageError(Arc::new(error)))?;
+        images.remove_stale_views();
         let launcher = launcher(&settings, &runtimes, group).await;
         let pool = Pool::new(launcher, settings.shim.pool);
         let records = load_records(&places.tasks())?;

@@ -7,7 +7,7 @@ use std::{
 
 use nomad_driver_shim::ids::random_hex;
 
-use crate::support::{Image, leak, program, services, services::root};
+use crate::support::{Image, leak, patience, program, script, services, services::root};
 
 struct Cli {
     dir: PathBuf,
@@ -260,6 +260,17 @@ async fn doctor_knows_this_host() {
     let bare = bare.await.unwrap();
     assert_eq!(bare.status.code(), Some(1));
     assert!(text(&bare.stdout).contains("install containerd"), "{}", text(&bare.stdout));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn doctor_does_not_wait_for_a_program_that_hangs() {
+    let (cli, programs) = (Cli::new(), tempfile::tempdir().unwrap());
+    script(&programs.path().join("youki"), "exec sleep 600");
+    let mut command = cli.command(&["doctor"]);
+    command.env("PATH", format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap()));
+    let done = tokio::task::spawn_blocking(move || command.output().unwrap());
+    let output = tokio::time::timeout(patience(), done).await.expect("doctor ends").unwrap();
+    assert!(text(&output.stdout).contains("containerd"), "{}", text(&output.stdout));
 }
 
 /// If the system has no containerd, the driver starts a private one. All commands that need it share it, and the last

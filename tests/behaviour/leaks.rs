@@ -1,6 +1,9 @@
 //! The leak checker itself: it finds nothing after a complete teardown, and it finds remains when any one step of the
 //! teardown is skipped.
 
+use std::fs;
+
+use nix::mount::{MsFlags, mount};
 use serde_json::json;
 
 use crate::{
@@ -77,5 +80,20 @@ async fn a_half_made_start_is_undone_at_the_next_opening() {
     record["state"] = json!({"is": "intended"});
     std::fs::write(&path, record.to_string()).unwrap();
     env.start_plugin().await;
+    env.finish().await;
+}
+
+/// A plugin that is killed while it reads an image's accounts leaves the mount of the image's layers, or its directory.
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_of_images_that_a_killed_plugin_left_are_removed() {
+    let mut env = Env::new().await;
+    let (mounted, empty) = (env.dir.join("state/images/view-mounted"), env.dir.join("state/images/view-empty"));
+    env.kill_plugin().await;
+    for path in [&mounted, &empty] {
+        fs::create_dir(path).unwrap();
+    }
+    mount(Some("tmpfs"), &mounted, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    env.start_plugin().await;
+    assert!(!mounted.exists() && !empty.exists());
     env.finish().await;
 }
