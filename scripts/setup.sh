@@ -9,7 +9,7 @@
 #   scripts/setup.sh fresh      also what `make test-fresh` needs on the host (debootstrap)
 #   scripts/setup.sh cgroup2    also what `make test-cgroup2` needs: an emulator, a kernel, and tools for an initramfs
 #   scripts/setup.sh arm64      also what `make build-arm64` needs on another architecture: a cross compiler
-#   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor
+#   scripts/setup.sh gvisor     also gVisor's runsc and its shim, built by Go, into target/gvisor; and what `tests` has
 #   scripts/setup.sh programs   also Debian's packages of postgres, nginx, Java and others for `make test-compat`, unpacked by debootstrap
 #   scripts/setup.sh matrix     also what `make test-matrix` needs: newer containerd, shim and runc, built by Go
 set -euo pipefail
@@ -124,7 +124,7 @@ fi
 
 # tests/compat compares with docker. Its packages are unpacked, not installed: they would start dockerd on this machine.
 # In some releases, docker's command line is in a package of its own.
-if case "${1:-}" in tests | programs) true ;; *) false ;; esac &&
+if case "${1:-}" in tests | programs | gvisor) true ;; *) false ;; esac &&
   ! { command -v dockerd && command -v docker; } >/dev/null && [ ! -e "$target/docker/.done" ]; then
   mkdir -p "$target/docker"
   (

@@ -5,7 +5,7 @@
 //! a process that should get this id would stay root. A text that looks like a number is never taken for a name
 //! (CVE-2026-46680 in containerd: an image may have a user of that name with the id 0).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use crate::text::quoted;
 
@@ -209,14 +209,14 @@ fn resolve_group(wanted: &str, group: &str) -> Result<u32, UserError> {
     id_of_group(wanted, |name| group_lines(group).find(|entry| entry.name == name).map(|entry| entry.id()))
 }
 
-/// Resolves the names and numbers of several groups, without duplicates. The file is parsed only once: the job chooses
-/// the number of groups and the image the length of the file, so both may be large.
+/// Resolves the names and numbers of several groups, in their order. The file is parsed only once: the job chooses the
+/// number of groups and the image the length of the file, so both may be large.
 ///
 /// # Errors
 /// Fails when a name is unknown, or an id is out of range.
-pub(crate) fn resolve_groups(wanted: &[String], group: &str) -> Result<BTreeSet<u32>, UserError> {
+pub(crate) fn resolve_groups(wanted: &[String], group: &str) -> Result<Vec<u32>, UserError> {
     if wanted.is_empty() {
-        return Ok(BTreeSet::new());
+        return Ok(Vec::new());
     }
     let mut known: HashMap<&str, GroupEntry<'_>> = HashMap::new();
     for entry in group_lines(group) {

@@ -141,7 +141,12 @@ fn open_all(
     }
     if request.options.first_process == FirstProcess::Init {
         let source = MountContent::Bind(init::open_program(&settings.places.wrappers())?);
-        mounts.push(mount(MountOrigin::Required("init"), INIT_PATH, source, &["bind", "ro", "nosuid", "nodev"])?);
+        mounts.push(mount(
+            MountOrigin::Required("init"),
+            INIT_PATH,
+            source,
+            &["bind", "rprivate", "ro", "nosuid", "nodev"],
+        )?);
     }
     mounts.extend(network_files(names, flavor, request.options.root)?);
     mounts.extend(alloc_dir_mounts(settings.disable_log_collection, flavor, request)?);

@@ -45,7 +45,27 @@ pub(crate) enum Network {
     Host,
 }
 
+/// Cases that the driver refuses in a sandbox: those with kernel parameters that gVisor does not have, and with
+/// namespaces, devices and shared mounts of the host.
+const IMPOSSIBLE_IN_SANDBOX: [&str; 10] = [
+    "device",
+    "sysctl",
+    "bind, rslave",
+    "bind, rshared",
+    "bind, rshared, of a task that may mount",
+    "bind, slave",
+    "bind, shared",
+    "pid_mode",
+    "ipc_mode",
+    "uts_mode",
+];
+
 impl Case {
+    /// Tells whether a task in a sandbox of gVisor can have these options.
+    pub(crate) fn is_possible_in_sandbox(&self) -> bool {
+        !IMPOSSIBLE_IN_SANDBOX.contains(&self.name)
+    }
+
     fn request(self, request: fn(&mut TaskConfig)) -> Self {
         Self { request, ..self }
     }
@@ -213,6 +233,8 @@ fn namespaces() -> Vec<Case> {
 
 fn commands() -> Vec<Case> {
     vec![
+        case("init", "--init", json!({"init": true})),
+        case("exec beside an init", "--init", json!({"init": true})).way(Way::Executed),
         case("exec", "", json!({})).way(Way::Executed),
         case("exec with a terminal", "", json!({})).way(Way::ExecutedWithTerminal),
         case("exec in a privileged task", "--privileged --runtime bounded", json!({"privileged": true}))

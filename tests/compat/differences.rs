@@ -52,10 +52,30 @@ const fn crun(key: &'static str, docker: &'static str, ours: &'static str) -> Li
     Line { runtime: Some("crun"), ..line(key, docker, ours) }
 }
 
+/// A line of all cases with gVisor's runsc.
+const fn runsc(key: &'static str, docker: &'static str, ours: &'static str) -> Line {
+    Line { runtime: Some("runsc"), ..line(key, docker, ours) }
+}
+
 /// A line of all cases with runc.
 const fn runc(key: &'static str, docker: &'static str, ours: &'static str) -> Line {
     Line { runtime: Some("runc"), ..line(key, docker, ours) }
 }
+
+/// The cases of commands that are executed without input.
+const EXECUTED: &[&str] = &[
+    "exec",
+    "exec beside an init",
+    "exec as the task's user",
+    "exec in a task with a terminal",
+    "exec in a privileged task",
+];
+
+/// The cases of privileged tasks.
+const PRIVILEGED: &[&str] = &["privileged", "exec in a privileged task"];
+
+/// The cases of tasks with an init.
+const INIT: &[&str] = &["init", "exec beside an init"];
 
 /// All intended differences.
 pub(crate) const DIFFERENCES: &[Difference] = &[
@@ -214,12 +234,28 @@ pub(crate) const DIFFERENCES: &[Difference] = &[
         driver: "a pipe at its end",
         reason: "crun makes the process's user the owner of its standard input, and the host's device must not belong to a task.",
         current: None,
-        lines: &[line("descriptor 0", "/dev/null blocking", "pipe blocking").only_in(&[
-            "exec",
-            "exec as the task's user",
-            "exec in a task with a terminal",
-            "exec in a privileged task",
-        ])],
+        lines: &[
+            line("descriptor 0", "/dev/null blocking", "pipe blocking").only_in(EXECUTED),
+            runsc("descriptor 0", "host:* blocking", "pipe blocking").only_in(EXECUTED),
+        ],
+    },
+    Difference {
+        what: "Where the init of `init = true` is",
+        docker: "`/sbin/docker-init`",
+        driver: "`/.nomad-init`",
+        reason: "docker makes `/sbin` in images that have none. No image has anything at `/.nomad-init`.",
+        current: None,
+        lines: &[
+            line("first process cmdline", "/sbin/docker-init -- *", "/.nomad-init -- *").only_in(INIT),
+            line("mount /.nomad-init", "(absent)", "*").only_in(INIT),
+            line("mount /.nomad-init attributes", "(absent)", "ro,nosuid*").only_in(INIT),
+            line("mount /.nomad-init propagation", "(absent)", "private").only_in(INIT),
+            line("mount /sbin/docker-init", "*", "(absent)").only_in(INIT),
+            line("mount /sbin/docker-init attributes", "ro*", "(absent)").only_in(INIT),
+            line("mount /sbin/docker-init propagation", "private", "(absent)").only_in(INIT),
+            line("root /.nomad-init", "(absent)", "file 755 0:0").only_in(INIT),
+            line("root /sbin", "directory 755 0:0", "(absent)").only_in(INIT),
+        ],
     },
     Difference {
         what: "IPv6 on loopback",
@@ -381,11 +417,43 @@ pub(crate) const DIFFERENCES: &[Difference] = &[
         driver: "the shim's",
         reason: "crun starts a session only with a terminal.",
         current: None,
-        lines: &[crun("process leads", "session 1 group 1", "session 0 group 0").only_in(&[
-            "exec",
-            "exec as the task's user",
-            "exec in a task with a terminal",
-            "exec in a privileged task",
-        ])],
+        lines: &[crun("process leads", "session 1 group 1", "session 0 group 0").only_in(EXECUTED)],
+    },
+    Difference {
+        what: "gVisor: the host's network",
+        docker: "gVisor's own network stack, with the host's addresses",
+        driver: "the host's network stack",
+        reason: "gVisor's stack would take the addresses away from the host. With the host's stack, the host's limits on ping hold.",
+        current: None,
+        lines: &[
+            runsc("access /dev/net/tun", "device, *", "ENOENT").only_in(&["host_network"]),
+            runsc("device /dev/char/10:200", "link ../net/tun", "(absent)").only_in(&["host_network"]),
+            runsc("device /dev/net", "directory 755 0:0", "(absent)").only_in(&["host_network"]),
+            runsc("device /dev/net/tun", "c 10:200 666 0:0", "(absent)").only_in(&["host_network"]),
+            runsc("node tun", "made ok, opened ok", "made ok, opened ENXIO").only_in(&["host_network"]),
+            runsc("socket inet ping", "ok", "EACCES").only_in(&["host_network"]).on_some_hosts(),
+        ],
+    },
+    Difference {
+        what: "gVisor: devices of a privileged task",
+        docker: "all devices of the host",
+        driver: "those that the job names",
+        reason: "gVisor's kernel can open none of the host's devices except for some graphics processors.",
+        current: None,
+        lines: &[
+            runsc("access /dev/*", "device, *", "ENOENT").only_in(PRIVILEGED),
+            runsc("device /dev/*", "*", "(absent)").only_in(PRIVILEGED),
+        ],
+    },
+    Difference {
+        what: "gVisor: capabilities of a privileged task",
+        docker: "all that docker knows",
+        driver: "those that the driver itself has",
+        reason: "Docker before 23.0 does not know the newest ones, and asks for those that the machine does not have.",
+        current: Some("moby/moby#42933"),
+        lines: &[
+            runsc("capability *", "(absent)", "yes").only_in(PRIVILEGED).on_some_hosts(),
+            runsc("capability *", "yes", "(absent)").only_in(PRIVILEGED).on_some_hosts(),
+        ],
     },
 ];

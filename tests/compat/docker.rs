@@ -69,7 +69,7 @@ impl Docker {
     fn launch() -> Self {
         let dir = root().join("docker");
         fs::create_dir_all(&dir).unwrap();
-        let unpacked = ["usr/sbin", "usr/bin", "usr/libexec/docker"].map(|below| format!("{UNPACKED}/{below}"));
+        let unpacked = ["usr/sbin", "usr/bin"].map(|below| format!("{UNPACKED}/{below}"));
         let path = format!("{}:{}", unpacked.join(":"), std::env::var("PATH").unwrap());
         let text = run(Command::new("dockerd").arg("--version").env("PATH", &path));
         let version = version(&text).unwrap_or_else(|| panic!("no version in {text:?}"));

@@ -18,7 +18,8 @@ mount -n -t overlay -o "lowerdir=/etc,upperdir=$directory/etc,workdir=$directory
 mount -n -t tmpfs tmpfs "$directory/shared"
 mount -n --make-shared "$directory/shared"
 ip link set lo up
-printf '{"runtimes": {"bounded": {"path": "%s"}}}' "$(dirname "$(readlink -f "$0")")/runtime.sh" > "$directory/daemon.json"
+printf '{"runtimes": {"bounded": {"path": "%s"}, "runsc": {"path": "runsc"}}}' \
+  "$(dirname "$(readlink -f "$0")")/runtime.sh" > "$directory/daemon.json"
 
 setpriv --pdeathsig TERM dockerd --config-file "$directory/daemon.json" --host "unix://$directory/docker.sock" \
   --data-root "$directory/data" --exec-root /run/docker --pidfile /run/docker.pid --cgroup-parent "/$cgroup" \

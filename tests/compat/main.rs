@@ -40,25 +40,28 @@ use support::Env;
 /// How many cases run at once. Each is busy with a few processes.
 const AT_ONCE: usize = 2;
 
-/// The runtimes that are compared.
+/// The runtimes that are compared with docker's runc.
 const RUNTIMES: [&str; 2] = ["crun", "runc"];
+/// gVisor, which is compared with `docker run --runtime runsc` where `NOMAD_DRIVER_SHIM_TEST_RUNTIME` asks for it.
+const RUNSC: &str = "runsc";
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = arguments.test_threads.or(Some(AT_ONCE));
-    let cases = cases::cases().into_iter().map(|case| Trial::test(case.name, move || block_on(compare(&case))));
+    let cases = cases::cases().into_iter().filter(|case| !runtimes().contains(&RUNSC) || case.is_possible_in_sandbox());
+    let cases = cases.map(|case| Trial::test(case.name, move || block_on(compare(&case))));
     let others = [
         Trial::test("dockerd runs containers", || block_on(harness::runs_containers())),
         Trial::test("the page has the same differences", page::has_the_same_differences),
     ];
-    let programs = programs::trials(&RUNTIMES);
+    let programs = programs::trials(runtimes());
     let trials = cases.chain(others).chain(programs).collect();
     let _shared = (!arguments.list).then(|| SharedMount::of_host(support::services::root()));
     let whole = arguments.filter.is_none() && arguments.skip.is_empty() && !arguments.list;
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut code = conclusion.exit_code();
     if whole && !conclusion.has_failed() {
-        let unused = compare::unused(docker::docker().version, &RUNTIMES);
+        let unused = compare::unused(docker::docker().version, runtimes());
         if !unused.is_empty() {
             eprintln!("differences that the table lists and that do not occur:\n{}", compare::listed(&unused));
             code = ExitCode::FAILURE;
@@ -68,6 +71,15 @@ fn main() -> ExitCode {
     code
 }
 
+/// Returns the runtimes that this run compares.
+fn runtimes() -> &'static [&'static str] {
+    match std::env::var("NOMAD_DRIVER_SHIM_TEST_RUNTIME").as_deref() {
+        Ok(RUNSC) => &[RUNSC],
+        Ok(other) => panic!("NOMAD_DRIVER_SHIM_TEST_RUNTIME: {other:?} can't be compared with docker; {RUNSC} can"),
+        Err(_) => &RUNTIMES,
+    }
+}
+
 fn block_on(future: impl Future<Output = Result<(), Failed>>) -> Result<(), Failed> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(future)
@@ -75,7 +87,7 @@ fn block_on(future: impl Future<Output = Result<(), Failed>>) -> Result<(), Fail
 
 /// Compares what the probe sees under `docker run` with what it sees in a task, with each runtime.
 async fn compare(case: &Case) -> Result<(), Failed> {
-    let docker = sides::in_docker(docker::docker(), case).await;
+    let docker = sides::in_docker(docker::docker(), case, runtimes().contains(&RUNSC)).await;
     let files = support::services().root.join(nomad_driver_shim::ids::random_hex(4));
     let (dir, shared) = (files.join("mounted"), files.join("shared"));
     for path in [&dir, &shared] {
@@ -84,7 +96,7 @@ async fn compare(case: &Case) -> Result<(), Failed> {
     let mut env = Env::configured(sides::configuration(&[&files])).await;
     let mount = SharedMount::in_memory(&shared);
     let mut found = Vec::new();
-    for runtime in RUNTIMES {
+    for runtime in runtimes() {
         let ours = sides::in_driver(&mut env, case, runtime, &Directories { dir: &dir, shared: &shared }).await;
         let unexplained = compare::unexplained(case.name, runtime, &docker, &ours);
         found.extend(unexplained.into_iter().map(|difference| format!("{runtime}: {difference}")));

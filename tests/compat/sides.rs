@@ -53,8 +53,8 @@ fn image_name(case: &Case) -> String {
         .collect()
 }
 
-/// Runs the probe in a container of docker.
-pub(crate) async fn in_docker(docker: &Docker, case: &Case) -> Seen {
+/// Runs the probe in a container of docker, or in a sandbox of gVisor.
+pub(crate) async fn in_docker(docker: &Docker, case: &Case, in_sandbox: bool) -> Seen {
     let image = docker.load(&(case.image)(probe::image()), &image_name(case)).await;
     let (dir, shared) = (docker.dir().join("mounted"), docker.shared_dir());
     std::fs::create_dir_all(&dir).unwrap();
@@ -69,6 +69,10 @@ pub(crate) async fn in_docker(docker: &Docker, case: &Case) -> Seen {
     let limits = LIMITS.chunks(2).filter(|pair| !case.docker.contains(&pair[0]));
     all.extend(limits.flatten());
     all.extend(options.iter().map(String::as_str));
+    if in_sandbox {
+        // The last one of several runtimes counts.
+        all.extend(["--runtime", "runsc"]);
+    }
     let outcome = match case.way {
         Way::First => docker.run(&image, &all, &[PROBE]).await,
         Way::ByImage => docker.run(&image, &all, &[]).await,
