@@ -45,7 +45,7 @@ pub use pins::{Pins, PreparedPins};
 pub(crate) use process::DEFAULT_TERM;
 pub use process::{Command, Terminal};
 pub use resources::{CpuQuota, MemoryMax, Resources};
-pub use rootfs_pool::RootfsPool;
+pub use rootfs_pool::{Room, RootfsPool};
 pub use spec::{Hooks, ImageDefaults, NetworkNamespace, Privilege, RootMode, SpecInput, build};
 pub use users::UserError;
 

@@ -1,5 +1,5 @@
-//! A pool of prepared root file systems: for each of the most recently used images, an overlay with a fresh writable
-//! layer that is not attached anywhere yet. To mount an overlay takes half a millisecond, most of it spent on the disk;
+//! A pool of prepared root file systems of the most recently used images: overlays with fresh writable layers that are
+//! not attached anywhere yet. To mount an overlay takes half a millisecond, most of it spent on the disk;
 //! to attach a prepared one takes a tenth of that.
 //!
 //! A detached overlay lives as long as its descriptor (open_tree(2), Linux 5.2). If the plugin is killed, only the
@@ -62,6 +62,23 @@ impl LayerIds {
         let same = |(path, dev, ino): &(PathBuf, u64, u64)| device_and_inode(path).is_ok_and(|now| now == (*dev, *ino));
         self.lowers.iter().all(same)
     }
+}
+
+/// Whether a pool has room for a further root file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// The pool takes one more.
+    ForMore,
+    /// The pool is full or closed, or another thread fills it.
+    None,
+}
+
+/// Returns the position of the root file system that a full pool gives up: the oldest one of the image that has the most
+/// of them. `images` is ordered by age, with the oldest first, and not empty.
+fn least_useful<T: PartialEq>(images: &[T]) -> usize {
+    let count = |image: &T| images.iter().filter(|other| *other == image).count();
+    let most = images.iter().map(count).max();
+    images.iter().position(|image| Some(count(image)) == most).unwrap_or_default()
 }
 
 /// Returns the device and inode of a directory.
@@ -151,29 +168,38 @@ impl RootfsPool {
         attached.map(|()| Some(pins))
     }
 
-    /// Prepares a root file system for these layers if the pool has none. In a full pool it replaces the oldest one.
-    /// Does nothing while another thread prepares one. Blocks for some milliseconds.
+    /// Prepares a root file system for these layers, unless the pool is full and has one. In a full pool it replaces one
+    /// of another image. Returns whether there is room for a further one. Does nothing while another thread prepares
+    /// one. Blocks for some milliseconds.
     ///
     /// # Errors
     /// Fails when a file system operation or mount(2) fails. Where the kernel has no detached mounts, or the plugin may
     /// not use them, only the first call fails: the pool is closed then.
-    pub fn prepare(&self, layers: Layers<'_>) -> Result<(), RootfsError> {
-        let Some(mut closed) = self.closed.try_lock() else { return Ok(()) };
+    pub fn prepare(&self, layers: Layers<'_>) -> Result<Room, RootfsError> {
+        let Some(mut closed) = self.closed.try_lock() else { return Ok(Room::None) };
         self.remove_pending();
         let layer_ids = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
-        if *closed || self.prepared().iter().any(|rootfs| rootfs.layer_ids == layer_ids) {
-            return Ok(());
+        if *closed {
+            return Ok(Room::None);
         }
-        let oldest = {
+        let replaced = {
             let mut prepared = self.prepared();
-            (prepared.len() >= self.capacity).then(|| prepared.remove(0))
+            let is_full = prepared.len() >= self.capacity;
+            if is_full && prepared.iter().any(|rootfs| rootfs.layer_ids == layer_ids) {
+                return Ok(Room::None);
+            }
+            is_full.then(|| {
+                let position = least_useful(&prepared.iter().map(|rootfs| &rootfs.layer_ids).collect::<Vec<_>>());
+                prepared.remove(position)
+            })
         };
-        oldest.into_iter().for_each(|oldest| self.discard(oldest));
+        replaced.into_iter().for_each(|replaced| self.discard(replaced));
         let paths = self.paths(&random_hex(6));
         match mount_detached(&paths, layers) {
             Ok((tree, pins)) => {
-                self.prepared().push(PreparedRootfs { layer_ids, paths, tree, pins });
-                Ok(())
+                let mut prepared = self.prepared();
+                prepared.push(PreparedRootfs { layer_ids, paths, tree, pins });
+                Ok(if prepared.len() < self.capacity { Room::ForMore } else { Room::None })
             }
             Err(error) => {
                 self.remove(paths);
@@ -233,4 +259,17 @@ fn mount_detached(paths: &BundlePaths, layers: Layers<'_>) -> Result<(OwnedFd, P
     let tree = detached::detach(&rootfs).map_err(|source| RootfsError::MountRootfs { path: rootfs, source })?;
     let pins = PreparedPins::make(&pins).map_err(|source| RootfsError::MountRootfs { path: pins, source })?;
     Ok((tree, pins))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_with_several_gives_one_up() {
+        for (images, position) in [("a", 0), ("ab", 0), ("aa", 0), ("abb", 1), ("abcb", 1), ("abcabc", 0)] {
+            let images: Vec<char> = images.chars().collect();
+            assert_eq!(least_useful(&images), position, "{images:?}");
+        }
+    }
 }

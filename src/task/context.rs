@@ -25,8 +25,8 @@ use crate::{
     image::{ImageRecord, ImageStore},
     netns_pool::NetnsPool,
     rootfs::{
-        Capabilities, KernelLimits, MaskedPaths, RootfsPool, apparmor::Loader, bundle::Layers, labels::PolicyLabels,
-        limits::DefaultSysctls, seccomp::FilterCache,
+        Capabilities, KernelLimits, MaskedPaths, Room, RootfsPool, apparmor::Loader, bundle::Layers,
+        labels::PolicyLabels, limits::DefaultSysctls, seccomp::FilterCache,
     },
     shim::{self, CallKind, DeadContainer, Exit, PidFiles, Pool, ShimError, ShimHold},
 };
@@ -92,7 +92,7 @@ const TEARDOWNS_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long after a start the work begins that the start has deferred.
 const DEFERRED_WORK_DELAY: Duration = Duration::from_millis(5);
-/// How long that work waits, in addition, for other starts in progress.
+/// How long each step of that work waits, in addition, for other starts in progress.
 const DEFERRED_WORK_MAX_DELAY: Duration = Duration::from_millis(100);
 
 /// A task that is to be torn down.
@@ -170,19 +170,35 @@ impl EngineContext {
         let task = record.intent.task_id.clone();
         let sources = if needs_sources(record) { None } else { Some(sources) };
         tokio::spawn(async move {
-            context.pool.wait_until_idle(DEFERRED_WORK_DELAY, DEFERRED_WORK_MAX_DELAY).await;
-            let work = move || {
-                if let Some(sources) = sources {
-                    sources.unmount(&task);
+            tokio::time::sleep(DEFERRED_WORK_DELAY).await;
+            if let Some(sources) = sources {
+                context.run_when_idle(move |_| sources.unmount(&task)).await;
+            }
+            context.run_when_idle(Self::fill_netns_pool).await;
+            loop {
+                let image = image.clone();
+                match context.run_when_idle(move |context| context.rootfs_pool.prepare(layers(&image))).await {
+                    Some(Ok(Room::ForMore)) => {}
+                    // Without a prepared root file system, the next start mounts its own, and reports what is wrong.
+                    Some(Err(error)) => {
+                        let error = crate::error_chain(&error);
+                        tracing::debug!(error, "could not prepare a root file system");
+                        return;
+                    }
+                    Some(Ok(Room::None)) | None => return,
                 }
-                context.fill_netns_pool();
-                context.rootfs_pool.prepare(layers(&image))
-            };
-            // Without a prepared root file system, the next start mounts its own, and reports what is wrong.
-            if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
-                tracing::debug!(error = %crate::error_chain(&error), "could not prepare a root file system");
             }
         });
+    }
+
+    /// Runs a step of deferred work, which may block, when no start is in progress. Returns `None` if it panics.
+    async fn run_when_idle<T: Send + 'static>(
+        self: &Arc<Self>,
+        step: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Option<T> {
+        self.pool.wait_until_idle(Duration::ZERO, DEFERRED_WORK_MAX_DELAY).await;
+        let context = self.clone();
+        tokio::task::spawn_blocking(move || step(&context)).await.ok()
     }
 
     /// Fills the pool of network namespaces. Blocks for half a millisecond for each namespace.

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::PathB
 
 use serde_json::json;
 
-use crate::support::{Env, Task, eventually, leak::entries};
+use crate::support::{Entry, Env, Image, Layer, Packing, Task, eventually, leak::entries, services};
 
 fn dir(env: &Env) -> PathBuf {
     let parts = env.dir.join("state/ahead");
@@ -37,7 +37,7 @@ async fn the_next_task_of_an_image_has_one_and_nobody_elses_files() {
     let mut env = Env::configured(json!({"shim": {"pool": 2}})).await;
     let first = env.sh("echo mine > /file; echo ready; exec sleep 600").await;
     first.says("ready").await;
-    wait(&env, 1).await;
+    wait(&env, 2).await;
     let made = waiting(&env);
     assert!(!made.contains(&layer(&env, &first).await));
     let mut seen = BTreeSet::new();
@@ -53,14 +53,35 @@ async fn the_next_task_of_an_image_has_one_and_nobody_elses_files() {
     env.destroy(&first).await.unwrap();
 
     // A killed plugin leaves the directories of its prepared root file systems, and the next plugin removes them.
-    wait(&env, 1).await;
+    wait(&env, 2).await;
     env.kill_plugin().await;
-    assert_eq!(waiting(&env).len(), 1);
+    assert_eq!(waiting(&env).len(), 2);
     env.start_plugin().await;
     wait(&env, 0).await;
     let part = dir(&env);
     env.finish().await;
     assert!(!part.exists(), "and a plugin that leaves takes its own along");
+}
+
+/// An image that is used alone has all that the pool holds, and gives one up for another image.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_image_that_was_used_last_has_one() {
+    let mut env = Env::configured(json!({"shim": {"pool": 2}})).await;
+    let image = env.busybox().await;
+    let extra = Image::busybox().with_layer(Layer::new(&[Entry::dir("extra")], Packing::None));
+    let other = extra.push(&services().registry, "test/prepared:1").await;
+    env.run(json!({"image": image, "command": "true"})).await;
+    wait(&env, 2).await;
+    // The name of a new directory is new; its inode number may be that of a removed one.
+    let names = |env: &Env| entries(&dir(env)).into_iter().collect::<BTreeSet<_>>();
+    let alone = names(&env);
+    env.run(json!({"image": other, "command": "true"})).await;
+    eventually("one of two is replaced", async || {
+        let now = names(&env);
+        if now.len() == 2 && now.intersection(&alone).count() == 1 { Ok(()) } else { Err(now) }
+    })
+    .await;
+    env.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

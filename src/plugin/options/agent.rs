@@ -65,7 +65,7 @@ const SHIM: &[OptionRow] = &[
         "pool",
         OptionKind::Number,
         "2",
-        "How many idle shims wait for the next task (0 to 64), how many network namespaces are prepared, and for how many of the most recently used images a root file system is prepared.",
+        "How many idle shims, prepared network namespaces, and prepared root file systems of the most recently used images wait for the next tasks (0 to 64).",
     ),
     default("reuse", OptionKind::Flag, "true", "A shim whose task has been destroyed serves the next task."),
 ];
