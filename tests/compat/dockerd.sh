@@ -14,6 +14,11 @@ mount -n -t tmpfs -o mode=755 tmpfs /run
 # dockerd writes a key to /etc/docker.
 mkdir -p "$directory/etc" "$directory/etc-work" "$directory/shared"
 mount -n -t overlay -o "lowerdir=/etc,upperdir=$directory/etc,workdir=$directory/etc-work" overlay /etc
+# On cgroup version 2, dockerd sets no limit on swap if it is in the root cgroup, which has no such limit itself.
+if [ -e /sys/fs/cgroup/cgroup.procs ]; then
+  mkdir -p "/sys/fs/cgroup/$cgroup-daemon"
+  echo $$ > "/sys/fs/cgroup/$cgroup-daemon/cgroup.procs"
+fi
 # A mount that containers can share with this host.
 mount -n -t tmpfs tmpfs "$directory/shared"
 mount -n --make-shared "$directory/shared"
@@ -31,6 +36,7 @@ trap 'kill -TERM "$daemon" 2> /dev/null || true' TERM INT HUP
 wait "$daemon" || true
 wait "$daemon" || true
 
+if [ -e /sys/fs/cgroup/cgroup.procs ]; then echo $$ > /sys/fs/cgroup/cgroup.procs; fi
 find /sys/fs/cgroup -depth -type d -path "*/$cgroup*" -exec rmdir {} + 2> /dev/null || true
 umount -n "$directory/shared" || true
 rm -rf --one-file-system "$directory"
