@@ -166,7 +166,10 @@ fn own_route_socket() -> io::Result<OwnedFd> {
 /// Calls `enter`, which enters another namespace, in a new thread that ends then: a thread that has entered a namespace
 /// stays there.
 fn in_new_thread<T: Send>(enter: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| io::Error::other("the namespace's thread panicked"))?
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().spawn_scoped(scope, enter)?;
+        thread.join().map_err(|_| io::Error::other("the namespace's thread panicked"))?
+    })
 }
 
 /// Sends a request to the kernel.

@@ -35,7 +35,7 @@ impl PreparedNetns {
 }
 
 impl NetnsPool {
-    /// Returns a pool of up to `capacity` namespaces. It is empty until the first call of [`Self::fill`].
+    /// Returns a pool of up to `capacity` namespaces. It is empty until the first call of [`Self::prepare`].
     pub fn new(capacity: usize) -> Self {
         Self { capacity, prepared: Mutex::default(), closed: Mutex::new(capacity == 0) }
     }
@@ -45,22 +45,26 @@ impl NetnsPool {
         self.prepared.lock().pop()
     }
 
-    /// Fills the pool. Does nothing while another thread fills it. Blocks for half a millisecond for each namespace.
+    /// Returns whether the pool takes a further namespace.
+    pub fn has_room(&self) -> bool {
+        !*self.closed.lock() && self.prepared.lock().len() < self.capacity
+    }
+
+    /// Prepares a namespace, if the pool has room for it. Waits while another thread prepares one, and blocks for half a
+    /// millisecond.
     ///
     /// # Errors
     /// Fails when a namespace can't be created. Where the plugin may not create any, only the first call fails: the pool
     /// is closed then.
-    pub fn fill(&self) -> io::Result<()> {
-        let Some(mut closed) = self.closed.try_lock() else { return Ok(()) };
-        while !*closed && self.prepared.lock().len() < self.capacity {
-            match netns::create() {
-                Ok(created) => self.prepared.lock().push(PreparedNetns(created)),
-                Err(error) => {
-                    *closed = matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL));
-                    return Err(error);
-                }
-            }
+    pub fn prepare(&self) -> io::Result<()> {
+        let mut closed = self.closed.lock();
+        if *closed || self.prepared.lock().len() >= self.capacity {
+            return Ok(());
         }
+        let created = netns::create().inspect_err(|error| {
+            *closed = matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL));
+        });
+        self.prepared.lock().push(PreparedNetns(created?));
         Ok(())
     }
 
@@ -80,8 +84,10 @@ mod tests {
     fn each_namespace_is_a_new_one_with_loopback() {
         let pool = NetnsPool::new(2);
         assert!(pool.take().is_none(), "an empty pool has no namespace");
-        pool.fill().expect("filled");
-        pool.fill().expect("a full pool stays as it is");
+        while pool.has_room() {
+            pool.prepare().expect("prepared");
+        }
+        pool.prepare().expect("a full pool stays as it is");
         let taken: Vec<PreparedNetns> = std::iter::from_fn(|| pool.take()).collect();
         assert_eq!(taken.len(), 2);
         let own = fs::metadata("/proc/thread-self/ns/net").expect("the test's namespace").ino();
@@ -95,7 +101,7 @@ mod tests {
             assert!(text.contains("lo    inet 127.0.0.1/8") && !text.contains("eth"), "{text}");
         }
         pool.close();
-        pool.fill().expect("a closed pool stays empty");
-        assert!(pool.take().is_none(), "a closed pool has no namespace");
+        pool.prepare().expect("a closed pool stays empty");
+        assert!(pool.take().is_none() && !pool.has_room(), "a closed pool has no namespace");
     }
 }

@@ -169,6 +169,7 @@ async fn template(plan: &Plan, workspace: &Workspace, runtime: &str) -> Result<T
     let name = format!("probe-{runtime}");
     let own = plan.paths.iter().find(|path| path.kind == SubjectKind::Driver);
     let task = merged(own.map_or(json!({}), |path| path.task.clone()), &json!({"runtime": runtime}));
+    // Without a pool, the spec does not name a prepared network namespace of this plugin.
     let plugin = workspace.launch_driver(&name, &json!({"shim": {"pool": 0}}), &plan.image, task).await?;
     let subject = Subject { name: "driver".to_owned(), backend: Backend::Plugin(Box::new(plugin)) };
     let job = Job::new(&workspace.allocs(), &UNTIL_STOPPED)?;

@@ -262,8 +262,8 @@ fn apparmor(host: &AppArmorHost) -> (Verdict, String) {
     }
 }
 
-/// Returns the first word of a program's output that looks like a version; an empty text for a program that prints none
-/// in time.
+/// Returns the first word of a program's output that looks like a version; an empty text for a program that prints none or
+/// does not end in time.
 async fn version(program: &Path, flag: &str) -> String {
     let mut command = async_command(program);
     command.arg(flag).stdin(Stdio::null()).kill_on_drop(true);

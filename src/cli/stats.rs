@@ -41,21 +41,22 @@ impl Stats {
         let mut exit_code = tasks.exit_code();
         let cgroups = Cgroups::detect()?;
         let running: Vec<_> = tasks.tasks.into_iter().filter(|found| ps::state(&found.record) == "running").collect();
-        let mut measure = || -> Vec<Option<Usage>> {
-            let usage = |found: &tasks::FoundTask| {
-                cgroups.usage(&found.record.intent.cgroup).unwrap_or_else(|error| {
-                    print_message(&format!("nomad-driver-shim: {}", crate::error_chain(&error)));
-                    exit_code = 1;
-                    None
-                })
-            };
-            running.iter().map(usage).collect()
+        let mut measure = |found: &tasks::FoundTask| -> Option<Usage> {
+            cgroups.usage(&found.record.intent.cgroup).unwrap_or_else(|error| {
+                let error = crate::error_chain(&error);
+                print_message(&format!("nomad-driver-shim: task {}: {error}", found.record.intent.task_id));
+                exit_code = 1;
+                None
+            })
         };
-        let (first, began) = (measure(), Instant::now());
+        let first: Vec<Option<Usage>> = running.iter().map(&mut measure).collect();
+        let began = Instant::now();
         if !running.is_empty() {
             tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
-        let second = measure();
+        // A task whose usage could not be read before is not tried again.
+        let again = |(found, before): (_, &Option<Usage>)| before.as_ref().and_then(|_| measure(found));
+        let second: Vec<Option<Usage>> = running.iter().zip(&first).map(again).collect();
         let time = began.elapsed();
         let mut list = Vec::new();
         let mut rows = Vec::new();

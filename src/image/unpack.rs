@@ -7,10 +7,7 @@ use std::{
     path::Path,
 };
 
-use nix::{
-    mount::{MntFlags, umount2},
-    sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs},
-};
+use nix::mount::{MntFlags, umount2};
 
 use super::{
     ImageError, Reference,
@@ -23,6 +20,7 @@ use crate::{
     containerd::{Client, Labels, LeaseId},
     files::none_if_missing,
     ids::{ChainId, Digest, random_hex},
+    process::ProcessId,
 };
 
 /// Unpacks the layers that are not unpacked yet, and returns the chain id of all layers together; `None` for an image
@@ -128,50 +126,62 @@ pub(crate) struct Accounts {
     pub group: String,
 }
 
-/// The beginning of the names of directories at which the layers of an image are mounted for a moment.
+/// The beginning of the names of directories at which the layers of an image are mounted for a moment: `view-`, the pid
+/// and the start time of the process that mounts them, and a random part.
 const VIEW_PREFIX: &str = "view-";
 
-/// Unmounts and removes the mounts of images that a killed process has left in `scratch`. A mount that is in use is
-/// removed as well, and its user notices that ([`open_view`]).
+/// Returns a new name for a view of this process.
+fn new_view_name() -> io::Result<String> {
+    let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
+    Ok(format!("{VIEW_PREFIX}{pid}-{start}-{}", random_hex(6)))
+}
+
+/// Returns whether a name is that of a view whose process has ended. Names without a process are those of an earlier
+/// version.
+fn is_stale_view(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(VIEW_PREFIX) else { return false };
+    let mut parts = rest.split('-');
+    let mut number = || parts.next().and_then(|part| part.parse().ok());
+    match (number(), number()) {
+        (Some(pid), Some(start)) => u32::try_from(pid).is_ok_and(|pid| ProcessId { pid, start }.is_gone()),
+        _ => true,
+    }
+}
+
+/// Unmounts and removes the mounts of images that killed processes have left in `scratch`. A mount that can't be removed
+/// is left, and the others are removed.
 ///
 /// # Errors
-/// Fails when `scratch` can't be listed, or a mount or its directory can't be removed.
+/// The first error: `scratch` can't be listed, or a mount or its directory can't be removed.
 pub(crate) fn remove_stale_views(scratch: &Path) -> io::Result<()> {
-    for name in crate::places::list_names(scratch).map_err(io::Error::other)? {
-        if !name.starts_with(VIEW_PREFIX) {
-            continue;
-        }
-        let path = scratch.join(name);
-        match umount2(&path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // EINVAL means that nothing is mounted there.
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        none_if_missing(fs::remove_dir(&path))?;
+    let names = crate::places::list_names(scratch).map_err(io::Error::other)?;
+    let stale = names.into_iter().filter(|name| is_stale_view(name));
+    stale.map(|name| remove_view(&scratch.join(name))).fold(Ok(()), io::Result::and)
+}
+
+/// Detaches the mount at a view's directory, if there is one, and removes the directory.
+fn remove_view(path: &Path) -> io::Result<()> {
+    match umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        // EINVAL means that nothing is mounted there.
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => none_if_missing(fs::remove_dir(path)).map(drop),
+        Err(errno) => Err(errno.into()),
     }
-    Ok(())
 }
 
 /// Returns a descriptor of a read-only mount of all layers. The mount exists as long as the descriptor, and is attached
-/// at a directory in `scratch` only until the function returns.
+/// in `scratch` only until the function returns.
 ///
 /// # Errors
-/// Fails when the layers can't be mounted, or the mount was removed before it could be opened.
-fn open_view(stack: &LayerStack, path: &Path) -> io::Result<File> {
-    fs::create_dir(path)?;
-    let opened = crate::overlay::mount_read_only(&stack.lowers, &stack.options, path).and_then(|()| {
+/// Fails when the layers can't be mounted, or the mount can't be opened or detached.
+fn open_view(stack: &LayerStack, scratch: &Path) -> io::Result<File> {
+    let path = scratch.join(new_view_name()?);
+    fs::create_dir(&path)?;
+    let opened = crate::overlay::mount_read_only(&stack.lowers, &stack.options, &path).and_then(|()| {
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let opened = File::options().read(true).custom_flags(flags).open(path);
-        umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-        opened
+        File::options().read(true).custom_flags(flags).open(&path)
     });
-    fs::remove_dir(path)?;
-    let opened = opened?;
-    // The empty directory below a mount that was removed would look like an image without accounts.
-    if fstatfs(&opened)?.filesystem_type() != OVERLAYFS_SUPER_MAGIC {
-        return Err(io::Error::other("another process removed the mount of the image's layers"));
-    }
-    Ok(opened)
+    let removed = remove_view(&path);
+    opened.and_then(|opened| removed.map(|()| opened))
 }
 
 /// Reads the image's passwd and group files as its processes would see them: through a mount of all layers.
@@ -180,8 +190,7 @@ fn open_view(stack: &LayerStack, path: &Path) -> io::Result<File> {
 /// Fails when the layers can't be mounted, or a file can't be read or is not a regular file. A missing file is not an
 /// error.
 pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: &Path) -> Result<Accounts, ImageError> {
-    let path = scratch.join(format!("{VIEW_PREFIX}{}", random_hex(8)));
-    let failed = |source: io::Error| ImageError::StoreFile { path: path.clone(), source };
+    let failed = |source: io::Error| ImageError::StoreFile { path: scratch.to_owned(), source };
     let read_both = |root: &Path| {
         let (passwd, group) = (accounts::read(root, accounts::PASSWD)?, accounts::read(root, accounts::GROUP)?);
         Ok(Accounts { passwd, group })
@@ -189,7 +198,7 @@ pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: 
     let read = match &stack.lowers[..] {
         [only] => read_both(only),
         _ => {
-            let root = open_view(stack, &path).map_err(failed)?;
+            let root = open_view(stack, scratch).map_err(failed)?;
             read_both(Path::new(&format!("/proc/self/fd/{}", root.as_raw_fd())))
         }
     };
@@ -197,4 +206,28 @@ pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: 
         AccountsError::Read { source, .. } => failed(source),
         source => ImageError::Accounts { image: reference.to_string(), source },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_views_of_ended_processes_are_removed() {
+        let scratch = tempfile::tempdir().expect("a directory");
+        let own = new_view_name().expect("a name");
+        // An earlier process had the pid of this one.
+        let ProcessId { pid, start } = ProcessId::of(std::process::id()).expect("the start time can be read");
+        let stale = [format!("view-{pid}-{}-ab", start + 1), "view-0123456789abcdef".to_owned()];
+        let others = [own, "0123.json".to_owned()];
+        for name in stale.iter().chain(&others) {
+            fs::create_dir(scratch.path().join(name)).expect("created");
+        }
+        // This one can't be removed, which keeps none of the others.
+        let used = scratch.path().join("view-used");
+        fs::create_dir_all(used.join("content")).expect("created");
+        remove_stale_views(scratch.path()).expect_err("one is not empty");
+        let left = |name: &String| scratch.path().join(name).exists();
+        assert!(others.iter().all(left) && !stale.iter().any(left) && used.exists());
+    }
 }

@@ -20,7 +20,7 @@ mod writer;
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -114,6 +114,25 @@ impl FifoGuard {
             tracing::warn!(path = %dir.display(), %error, "could not open a FIFO of a task's log");
         }
         guard
+    }
+
+    /// Drops the descriptors of FIFOs that have been removed from a task's directory, or replaced by another FIFO. If that
+    /// is not known, a descriptor is kept.
+    fn drop_replaced(&mut self, dir: &Path) {
+        for (stream, fifo) in STREAMS.iter().zip(&mut self.0) {
+            let Some(file) = fifo else { continue };
+            let is_replaced = match (file.metadata(), none_if_missing(fs::symlink_metadata(fifo_path(dir, stream)))) {
+                (_, Ok(None)) => true,
+                (Ok(held), Ok(Some(present))) => {
+                    let is_same = (held.dev(), held.ino()) == (present.dev(), present.ino());
+                    present.file_type().is_fifo() && !is_same
+                }
+                (Err(_), _) | (_, Err(_)) => false,
+            };
+            if is_replaced {
+                *fifo = None;
+            }
+        }
     }
 
     /// Opens those FIFOs in a task's directory that this guard does not have open yet. A FIFO that does not exist is

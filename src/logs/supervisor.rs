@@ -3,7 +3,7 @@
 //! has few reasons to die.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{self, Read as _, Write as _},
     os::unix::{fs::OpenOptionsExt as _, process::CommandExt as _},
@@ -86,33 +86,34 @@ pub fn run_supervisor(logs: &Path) -> io::Result<()> {
 struct Guards {
     logs: PathBuf,
     guards: HashMap<String, FifoGuard>,
-    /// Tasks with a FIFO that could not be opened, for example for lack of descriptors, and the guards that the task
-    /// had before. They may be of the same FIFO, whose content is lost if no process has it open.
-    incomplete: HashMap<String, Vec<FifoGuard>>,
+    /// Tasks with a FIFO that could not be opened, for example for lack of descriptors. Without it, output in the FIFO
+    /// is lost when its task ends while no log writer runs.
+    incomplete: HashSet<String>,
 }
 
 impl Guards {
     fn new(logs: &Path) -> Self {
-        Self { logs: logs.to_owned(), guards: HashMap::new(), incomplete: HashMap::new() }
+        Self { logs: logs.to_owned(), guards: HashMap::new(), incomplete: HashSet::new() }
     }
 
-    /// Opens the FIFOs of all tasks, again if they are open: another task may have the name of a removed one.
+    /// Opens the FIFOs of all tasks, and drops the guards of tasks that are gone.
     fn add_all(&mut self) -> io::Result<()> {
-        task_names(&self.logs)?.into_iter().for_each(|task| self.add(task));
+        let tasks = task_names(&self.logs)?;
+        self.guards.retain(|task, _| tasks.contains(task));
+        self.incomplete.retain(|task| tasks.contains(task));
+        tasks.into_iter().for_each(|task| self.add(task));
         Ok(())
     }
 
-    /// Opens the FIFOs of a task. If a FIFO can't be opened, that is logged once and tried again later.
+    /// Opens the FIFOs of a task, unless they are open already: another task may have the name of a removed one. If a
+    /// FIFO can't be opened, that is logged once and tried again later.
     fn add(&mut self, task: String) {
-        let mut guard = FifoGuard::default();
-        let opened = guard.open_missing(&self.logs.join(&task));
-        let earlier = self.guards.insert(task.clone(), guard);
-        match opened {
-            Ok(()) => drop(self.incomplete.remove(&task)),
-            Err(error) => {
-                tracing::error!(task, %error, "could not open a FIFO of a task's log; trying again");
-                self.incomplete.entry(task).or_default().extend(earlier);
-            }
+        let dir = self.logs.join(&task);
+        let guard = self.guards.entry(task.clone()).or_default();
+        guard.drop_replaced(&dir);
+        if let Err(error) = guard.open_missing(&dir) {
+            tracing::error!(task, %error, "could not open a FIFO of a task's log; trying again");
+            self.incomplete.insert(task);
         }
     }
 
@@ -125,7 +126,7 @@ impl Guards {
     fn open_missing(&mut self) {
         let Self { logs, guards, incomplete } = self;
         incomplete
-            .retain(|task, _| guards.get_mut(task).is_some_and(|guard| guard.open_missing(&logs.join(task)).is_err()));
+            .retain(|task| guards.get_mut(task).is_some_and(|guard| guard.open_missing(&logs.join(task)).is_err()));
     }
 
     /// Returns how long to wait before `open_missing` is called again.
@@ -263,15 +264,21 @@ mod tests {
         open(&fifo).write_all(b"said").expect("written");
         fs::rename(&fifo, &hidden).expect("renamed");
         symlink("hidden", &fifo).expect("linked");
-        // The second attempt fails like the first.
-        guards.add_all().expect("listed");
         guards.add_all().expect("listed");
         let mut text = [0; 4];
         open(&hidden).read_exact(&mut text).expect("read");
         assert_eq!(&text, b"said");
         fs::rename(&hidden, &fifo).expect("renamed");
-        guards.open_missing();
-        assert!(guards.incomplete.is_empty(), "guards that are not needed any more are dropped");
+        // Another task has the name now: its FIFO is another one, and what the first task left is gone.
+        fs::remove_dir_all(&dir).expect("removed");
+        create_task_dir(&dir, &spec, false).expect("created");
+        guards.add_all().expect("listed");
+        open(&fifo).write_all(b"next").expect("written");
+        open(&fifo).read_exact(&mut text).expect("read");
+        assert_eq!(&text, b"next");
+        fs::remove_dir_all(&dir).expect("removed");
+        guards.add_all().expect("listed");
+        assert!(guards.guards.is_empty(), "the guard of a task that is gone is dropped");
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl LayerIds {
 pub enum Room {
     /// The pool takes one more.
     ForMore,
-    /// The pool is full or closed, or another thread fills it.
+    /// The pool is full or closed.
     None,
 }
 
@@ -169,15 +169,16 @@ impl RootfsPool {
     }
 
     /// Prepares a root file system for these layers, unless the pool is full and has one. In a full pool it replaces one
-    /// of another image. Returns whether there is room for a further one. Does nothing while another thread prepares
-    /// one. Blocks for some milliseconds.
+    /// of another image. Root file systems whose layers are gone make room first. Returns whether there is room for a
+    /// further one. Waits while another thread prepares one, and blocks for some milliseconds.
     ///
     /// # Errors
     /// Fails when a file system operation or mount(2) fails. Where the kernel has no detached mounts, or the plugin may
     /// not use them, only the first call fails: the pool is closed then.
     pub fn prepare(&self, layers: Layers<'_>) -> Result<Room, RootfsError> {
-        let Some(mut closed) = self.closed.try_lock() else { return Ok(Room::None) };
+        let mut closed = self.closed.lock();
         self.remove_pending();
+        self.prune();
         let layer_ids = LayerIds::of(layers).map_err(|source| RootfsError::LayersGone { source })?;
         if *closed {
             return Ok(Room::None);

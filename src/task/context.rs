@@ -159,7 +159,7 @@ impl EngineContext {
     }
 
     /// Does in the background what a start has deferred: unmounts the sources of the task's mounts, unless its shim
-    /// needs them, and prepares a root file system for the next task of the image and network namespaces.
+    /// needs them, and prepares network namespaces, and root file systems for the next tasks of the image.
     pub(super) fn spawn_deferred_work(
         self: &Arc<Self>,
         record: &Record,
@@ -174,7 +174,7 @@ impl EngineContext {
             if let Some(sources) = sources {
                 context.run_when_idle(move |_| sources.unmount(&task)).await;
             }
-            context.run_when_idle(Self::fill_netns_pool).await;
+            context.fill_netns_pool().await;
             loop {
                 let image = image.clone();
                 match context.run_when_idle(move |context| context.rootfs_pool.prepare(layers(&image))).await {
@@ -201,10 +201,20 @@ impl EngineContext {
         tokio::task::spawn_blocking(move || step(&context)).await.ok()
     }
 
-    /// Fills the pool of network namespaces. Blocks for half a millisecond for each namespace.
-    pub(super) fn fill_netns_pool(&self) {
-        if let Err(error) = self.netns_pool.fill() {
-            tracing::debug!(%error, "could not prepare a network namespace; the runtime creates one for the next task");
+    /// Fills the pool of network namespaces while no start is in progress.
+    pub(super) async fn fill_netns_pool(self: &Arc<Self>) {
+        while self.netns_pool.has_room() {
+            match self.run_when_idle(|context| context.netns_pool.prepare()).await {
+                Some(Ok(())) => {}
+                Some(Err(error)) => {
+                    tracing::debug!(
+                        %error,
+                        "could not prepare a network namespace; the runtime creates one for the next task"
+                    );
+                    return;
+                }
+                None => return,
+            }
         }
     }
 

@@ -180,8 +180,12 @@ impl Engine {
     /// Fills the pools of idle shims and of prepared network namespaces in the background.
     pub fn fill_pools(&self) {
         self.0.context.pool.refill();
+        self.fill_netns_pool();
+    }
+
+    fn fill_netns_pool(&self) {
         let context = self.0.context.clone();
-        tokio::task::spawn_blocking(move || context.fill_netns_pool());
+        tokio::spawn(async move { context.fill_netns_pool().await });
     }
 
     /// Fills the pool of idle shims, and returns whether it is full within `limit`.
@@ -230,6 +234,8 @@ impl Engine {
         let _open_fifos = (parked, self.destroy_previous_attempts(&request, &stop).await?);
         let started = start::start(&self.0.context, &request, &stop).await;
         self.0.context.pool.refill();
+        // A failed start may have taken a prepared network namespace.
+        let started = started.inspect_err(|_| self.fill_netns_pool());
         let start::StartedTask { record, shim, run, phases, image, stdio, sources } = started?;
         self.0.context.spawn_deferred_work(&record, image.clone(), sources);
         self.announce_start(&record, &run, &phases);

@@ -31,7 +31,7 @@ use crate::{
     netns_pool::NetnsPool,
     places::Places,
     rootfs::{
-        Capabilities, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
+        Capabilities, Hooks, KernelLimits, MaskedPaths, RootfsPool, UpperStorage,
         apparmor::{AppArmorHost, DriverProfile, Loader},
         labels::PolicyLabels,
         limits::DefaultSysctls,
@@ -87,7 +87,10 @@ impl Engine {
         let primer = cgroup_primer(settings.keep_warm, &cgroups);
         let max_prepared = if settings.upper == UpperStorage::Disk { settings.shim.pool.size } else { 0 };
         let rootfs_pool = RootfsPool::new(places.prepared_rootfs(), max_prepared);
-        let netns_pool = NetnsPool::new(settings.shim.pool.size);
+        // A hook may read the path of a task's network namespace in the spec, and that of a prepared namespace is valid
+        // during the start only.
+        let has_hooks = settings.hooks != Hooks::default();
+        let netns_pool = NetnsPool::new(if has_hooks { 0 } else { settings.shim.pool.size });
         let log_failure =
             |error: &std::io::Error| tracing::warn!(%error, "could not watch pid files; starts take longer");
         let pid_files = PidFiles::new().inspect_err(log_failure).ok();

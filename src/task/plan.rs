@@ -225,8 +225,7 @@ impl Plan<'_> {
     /// more: a sandbox has a network stack of its own, and sysbox needs a namespace that belongs to its user namespace.
     pub(super) fn take_prepared_netns(&self, context: &EngineContext) -> Option<PreparedNetns> {
         let is_private = network_namespace(self.request) == NetworkNamespace::Private;
-        let joins = self.runtime.gvisor.is_none() && self.runtime.shim.is_none() && self.runtime.waits_at_fifo();
-        if is_private && joins { context.netns_pool.take() } else { None }
+        if is_private && self.runtime.is_crun_or_runc() { context.netns_pool.take() } else { None }
     }
 
     /// Returns which component starts the process of the created container.

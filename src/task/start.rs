@@ -291,10 +291,11 @@ async fn create_task(
     let mut phases = Phases { image: began.elapsed(), ..Phases::default() };
     // The runtime will need the cgroup lock within milliseconds.
     let priming = context.cgroup_primer.as_ref().map(CgroupLockPrimer::prime);
+    // The descriptor of the namespace is closed when this function returns. The container's process has joined the
+    // namespace by then.
+    let prepared_netns = plan.take_prepared_netns(context);
     // Building the spec changes nothing on the host, so that an invalid user or an empty command is found before
     // anything is made.
-    // This exists until the container's process has joined it.
-    let prepared_netns = plan.take_prepared_netns(context);
     let spec = plan.spec(context, prepared_netns.as_ref())?;
     let collector_stdio = if logs::is_written_by_driver(&context.settings, request) {
         None

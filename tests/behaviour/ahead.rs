@@ -1,11 +1,20 @@
 //! Prepared root file systems and network namespaces: the next task uses one, no two tasks share one, and all of them are
 //! gone when the plugin has ended.
 
-use std::{collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
+use nomad_driver_shim::pb::driver::NetworkIsolationSpec;
 use serde_json::json;
 
-use crate::support::{Entry, Env, Image, Layer, Packing, Task, eventually, leak::entries, services};
+use crate::support::{
+    Entry, Env, Image, Layer, Packing, Task, eventually, leak::entries, services, services::run, with_options,
+};
 
 fn dir(env: &Env) -> PathBuf {
     let parts = env.dir.join("state/ahead");
@@ -137,7 +146,12 @@ async fn each_task_has_a_network_namespace_of_its_own() {
             task.says("end").await;
             let said = task.stdout.text();
             let (namespace, rest) = said.split_once('\n').unwrap();
-            assert!(rest.contains("127.0.0.1/8") && rest.contains("::1/128") && !rest.contains("eth"), "{said}");
+            assert!(
+                rest.contains("127.0.0.1/8")
+                    && rest.contains("::1/128") == Path::new("/proc/net/if_inet6").exists()
+                    && !rest.contains("eth"),
+                "{said}"
+            );
             assert!(rest.ends_with("\n0\nend\n"), "{said}");
             assert!(prepared.contains(namespace), "a prepared one: {prepared:?} {said}");
             assert!(used.insert(namespace.to_owned()), "no other task has it: {used:?} {said}");
@@ -175,10 +189,35 @@ async fn the_network_namespace_of_a_failed_start_is_discarded() {
 async fn other_networks_take_no_prepared_namespace() {
     let mut env = Env::configured(json!({"shim": {"pool": 1}, "security": {"allow_host_namespaces": true}})).await;
     let prepared = wait_for_networks(&env, 1).await;
+    // While the namespaces exist, the kernel gives their inode numbers to no others.
+    let _exist = open_networks(&env);
     let image = env.busybox().await;
-    let report = json!({"image": image, "command": "readlink", "args": ["/proc/self/ns/net"], "host_network": true});
-    let (_, out, _) = env.run(report).await;
+    let report = json!({"image": image, "command": "readlink", "args": ["/proc/self/ns/net"]});
+    let (_, out, _) = env.run(with_options(report.clone(), json!({"host_network": true}))).await;
     assert_eq!(out.trim_end(), fs::read_link("/proc/self/ns/net").unwrap().to_string_lossy());
+
+    let name = format!("nds-{}", env.namespace);
+    run(Command::new("ip").args(["netns", "add", &name]));
+    let path = format!("/run/netns/{name}");
+    let group = format!("net:[{}]", fs::metadata(&path).unwrap().ino());
+    let mut task = env.prepare(report).await;
+    task.config.network_isolation_spec = Some(NetworkIsolationSpec { mode: 1, path, ..Default::default() });
+    env.try_start(&mut task).await.unwrap();
+    let (_, out, _) = env.finish_task(task).await;
+    run(Command::new("ip").args(["netns", "del", &name]));
+    assert_eq!(out.trim_end(), group);
     assert_eq!(prepared_networks(&env), prepared);
+    env.finish().await;
+}
+
+/// A hook may read the path of the namespace in the spec, which is valid during the start only.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_with_hooks_prepares_no_network_namespace() {
+    let mut env = Env::configured(json!({"shim": {"pool": 1}, "hooks": {"poststop": ["/bin/true"]}})).await;
+    let image = env.busybox().await;
+    for _ in 0..2 {
+        env.run(json!({"image": image, "command": "true"})).await;
+    }
+    assert_eq!(prepared_networks(&env), BTreeSet::new());
     env.finish().await;
 }

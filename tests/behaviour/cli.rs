@@ -266,10 +266,9 @@ async fn doctor_knows_this_host() {
 async fn doctor_does_not_wait_for_a_program_that_hangs() {
     let (cli, programs) = (Cli::new(), tempfile::tempdir().unwrap());
     script(&programs.path().join("youki"), "exec sleep 600");
-    let mut command = cli.command(&["doctor"]);
-    command.env("PATH", format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap()));
-    let done = tokio::task::spawn_blocking(move || command.output().unwrap());
-    let output = tokio::time::timeout(patience(), done).await.expect("doctor ends").unwrap();
+    let mut command = tokio::process::Command::from(cli.command(&["doctor"]));
+    command.env("PATH", format!("{}:{}", programs.path().display(), std::env::var("PATH").unwrap())).kill_on_drop(true);
+    let output = tokio::time::timeout(patience(), command.output()).await.expect("doctor ends").unwrap();
     assert!(text(&output.stdout).contains("containerd"), "{}", text(&output.stdout));
 }
 

@@ -23,7 +23,9 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        umount2(&self.0, MntFlags::MNT_DETACH).unwrap();
+        if let Err(error) = umount2(&self.0, MntFlags::MNT_DETACH) {
+            eprintln!("could not unmount {}: {error}", self.0.display());
+        }
     }
 }
 

@@ -87,7 +87,8 @@ async fn a_half_made_start_is_undone_at_the_next_opening() {
 #[tokio::test(flavor = "multi_thread")]
 async fn mounts_of_images_that_a_killed_plugin_left_are_removed() {
     let mut env = Env::new().await;
-    let (mounted, empty) = (env.dir.join("state/images/view-mounted"), env.dir.join("state/images/view-empty"));
+    // The first process of this host lives, and has not started at this time.
+    let (mounted, empty) = (env.dir.join("state/images/view-1-77-ab"), env.dir.join("state/images/view-1-78-ab"));
     env.kill_plugin().await;
     for path in [&mounted, &empty] {
         fs::create_dir(path).unwrap();

@@ -167,6 +167,12 @@ impl Host {
         if PROCESS_IDS.contains(&key) && !["0", "1"].contains(&value) {
             return "<another>".to_owned();
         }
+        // docker passes them in a random order. Linux sorts them, and gVisor does not.
+        if key == "status Groups" {
+            let mut groups: Vec<&str> = value.split_whitespace().collect();
+            groups.sort_unstable();
+            return groups.join(" ");
+        }
         value.to_owned()
     }
 }

@@ -5,11 +5,12 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use nomad_driver_shim::{cgroup::Cgroups, containerd::Client};
+use nomad_driver_shim::{cgroup::Cgroups, containerd::Client, netns::find_process_in};
 
 use super::{Env, services};
 
@@ -237,7 +238,7 @@ async fn in_containerd(env: &Env) -> Vec<String> {
 }
 
 /// Returns wrong descriptors of the plugin: it may have no FIFO, directory or file of a task open, two descriptors for
-/// each idle shim, and one for each network namespace of its pool.
+/// each idle shim, and one for each network namespace of its pool, in which no process is and which has no name.
 fn descriptors(env: &Env, pid: u32) -> Vec<String> {
     let dir = env.dir.to_str().unwrap();
     let idle = entries(&env.dir.join("run/shims")).len();
@@ -250,6 +251,10 @@ fn descriptors(env: &Env, pid: u32) -> Vec<String> {
             pidfds += 1;
         } else if target.starts_with("net:") {
             networks += 1;
+            let is_named = || entries(Path::new("/run/netns")).iter().any(|name| is_same_file(&entry.path(), name));
+            if is_named() || find_process_in(&entry.path()).unwrap().is_some() {
+                leaks.push(format!("descriptor of the plugin: {target}, which is in use"));
+            }
         } else if target.contains(dir) && !target.ends_with("run/lock") {
             leaks.push(format!("descriptor of the plugin: {target}"));
         }
@@ -265,6 +270,12 @@ fn descriptors(env: &Env, pid: u32) -> Vec<String> {
         leaks.push(format!("descriptors of the plugin: {pidfds} pidfds for {idle} idle shims"));
     }
     leaks
+}
+
+/// Tells whether a descriptor refers to the network namespace of this name.
+fn is_same_file(descriptor: &Path, name: &str) -> bool {
+    let id = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    id(descriptor).is_some_and(|own| id(&Path::new("/run/netns").join(name)) == Some(own))
 }
 
 pub(crate) fn entries(path: &Path) -> Vec<String> {

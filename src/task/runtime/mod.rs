@@ -129,6 +129,18 @@ impl Runtime {
         ["crun", "runc"].iter().any(|name| name_starts_with(&self.binary, name))
     }
 
+    /// Says whether this runtime is crun or runc itself, by its name and without a shim of another kind. The name may
+    /// end with a version, as in `runc-1.2`. Unlike [`Self::waits_at_fifo`], this excludes programs such as
+    /// `crun-vm`, which start something other than a plain container.
+    pub fn is_crun_or_runc(&self) -> bool {
+        let name = self.binary.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let rest = ["crun", "runc"].iter().find_map(|known| name.strip_prefix(known));
+        let is_version = |rest: &str| {
+            rest.strip_prefix('-').is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
+        };
+        self.gvisor.is_none() && self.shim.is_none() && rest.is_some_and(|rest| rest.is_empty() || is_version(rest))
+    }
+
     /// Returns the result of the runtime's probe. Only gVisor is probed; `None` for other runtimes.
     ///
     /// # Errors
@@ -421,6 +433,30 @@ mod tests {
             default: Ok(shell),
             default_name: None,
         }
+    }
+
+    #[test]
+    fn crun_and_runc_are_known_by_their_names() {
+        let runtime = |binary: &str, shim: Option<OwnShim>| Runtime {
+            name: "any".to_owned(),
+            binary: binary.into(),
+            filters: FilterForm::Profile,
+            shim,
+            gvisor: None,
+        };
+        for (binary, is_known) in [
+            ("/usr/bin/crun", true),
+            ("/usr/local/sbin/runc", true),
+            ("/opt/runc-1.2.4", true),
+            ("/usr/bin/crun-vm", false),
+            ("/usr/bin/runcvm", false),
+            ("/usr/bin/sysbox-runc", false),
+            ("/usr/bin/nvidia-container-runtime", false),
+        ] {
+            assert_eq!(runtime(binary, None).is_crun_or_runc(), is_known, "{binary}");
+        }
+        let shim = OwnShim { program: "/usr/bin/containerd-shim-kata-v2".into(), config: None };
+        assert!(!runtime("/usr/bin/runc", Some(shim)).is_crun_or_runc());
     }
 
     #[test]
