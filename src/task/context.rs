@@ -67,6 +67,9 @@ pub(crate) struct EngineContext {
     pub(super) kernel_limits: KernelLimits,
     /// The number of teardowns that run in the background, or wait for that.
     pub(super) background_teardowns: watch::Sender<usize>,
+    /// Held by the one step of deferred work that runs. Without it, many steps would wait for the kernel's mount lock, each
+    /// in a thread of its own.
+    pub(super) deferred_work_lock: tokio::sync::Mutex<()>,
     /// Permits for teardowns in the background.
     pub(super) teardown_permits: Semaphore,
     /// Notified when a caller waits for teardowns, which then begin without delay.
@@ -197,6 +200,7 @@ impl EngineContext {
         step: impl FnOnce(&Self) -> T + Send + 'static,
     ) -> Option<T> {
         self.pool.wait_until_idle(Duration::ZERO, DEFERRED_WORK_MAX_DELAY).await;
+        let _lock = self.deferred_work_lock.lock().await;
         let context = self.clone();
         tokio::task::spawn_blocking(move || step(&context)).await.ok()
     }

@@ -117,6 +117,7 @@ impl Engine {
             masked: Masked { host: MaskedPaths::for_this_host()?, sandbox: MaskedPaths::for_sandbox() },
             kernel_limits: KernelLimits::of_this_process(),
             background_teardowns: watch::Sender::new(0),
+            deferred_work_lock: tokio::sync::Mutex::default(),
             teardown_permits: Semaphore::new(CONCURRENT_TEARDOWNS_MAX),
             teardown_requested: Notify::new(),
             teardown_finished: Notify::new(),
