@@ -47,7 +47,7 @@ mod tests {
     use super::*;
     use crate::plugin::options::{PLUGIN_OPTIONS, TASK_OPTIONS};
 
-    /// `UPDATE_OPTIONS=1 cargo test options_page` writes the tables into docs/options.md.
+    /// `UPDATE_OPTIONS=1 cargo test --locked --lib options_page` writes the tables into docs/options.md.
     #[test]
     fn the_options_page_has_the_tables() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/options.md");
@@ -60,7 +60,11 @@ mod tests {
             if std::env::var_os("UPDATE_OPTIONS").is_some() {
                 page.replace_range(from..to, &table(rows));
             } else {
-                assert_eq!(page[from..to], table(rows), "UPDATE_OPTIONS=1 cargo test options_page writes the table");
+                assert_eq!(
+                    page[from..to],
+                    table(rows),
+                    "UPDATE_OPTIONS=1 cargo test --locked --lib options_page writes the table"
+                );
             }
         }
         if page != before {
