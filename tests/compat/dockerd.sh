@@ -14,8 +14,9 @@ mount -n -t tmpfs -o mode=755 tmpfs /run
 # dockerd writes a key to /etc/docker.
 mkdir -p "$directory/etc" "$directory/etc-work" "$directory/shared"
 mount -n -t overlay -o "lowerdir=/etc,upperdir=$directory/etc,workdir=$directory/etc-work" overlay /etc
-# On cgroup version 2, dockerd sets no limit on swap if it is in the root cgroup, which has no such limit itself.
+# On cgroup version 2, dockerd sets a limit on swap only if its own cgroup has one. The root cgroup has none.
 if [ -e /sys/fs/cgroup/cgroup.procs ]; then
+  echo +memory > /sys/fs/cgroup/cgroup.subtree_control
   mkdir -p "/sys/fs/cgroup/$cgroup-daemon"
   echo $$ > "/sys/fs/cgroup/$cgroup-daemon/cgroup.procs"
 fi
