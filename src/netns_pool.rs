@@ -8,6 +8,7 @@ use std::{
     io,
     os::fd::{AsRawFd as _, OwnedFd},
     path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use parking_lot::Mutex;
@@ -19,8 +20,8 @@ use crate::netns;
 pub struct NetnsPool {
     capacity: usize,
     prepared: Mutex<Vec<PreparedNetns>>,
-    /// Whether the pool prepares no more namespaces. A thread that prepares one holds this lock.
-    closed: Mutex<bool>,
+    /// Whether the pool prepares no more namespaces.
+    closed: AtomicBool,
 }
 
 /// A network namespace with a loopback device only, in which no process is yet.
@@ -37,7 +38,7 @@ impl PreparedNetns {
 impl NetnsPool {
     /// Returns a pool of up to `capacity` namespaces. It is empty until the first call of [`Self::prepare`].
     pub fn new(capacity: usize) -> Self {
-        Self { capacity, prepared: Mutex::default(), closed: Mutex::new(capacity == 0) }
+        Self { capacity, prepared: Mutex::default(), closed: AtomicBool::new(capacity == 0) }
     }
 
     /// Removes a namespace from the pool and returns it; `None` when the pool is empty.
@@ -47,30 +48,34 @@ impl NetnsPool {
 
     /// Returns whether the pool takes a further namespace.
     pub fn has_room(&self) -> bool {
-        !*self.closed.lock() && self.prepared.lock().len() < self.capacity
+        !self.closed.load(Ordering::SeqCst) && self.prepared.lock().len() < self.capacity
     }
 
-    /// Prepares a namespace, if the pool has room for it. Waits while another thread prepares one, and blocks for half a
-    /// millisecond.
+    /// Prepares a namespace, if the pool has room for it. Blocks for half a millisecond.
     ///
     /// # Errors
     /// Fails when a namespace can't be created. Where the plugin may not create any, only the first call fails: the pool
     /// is closed then.
     pub fn prepare(&self) -> io::Result<()> {
-        let mut closed = self.closed.lock();
-        if *closed || self.prepared.lock().len() >= self.capacity {
+        if !self.has_room() {
             return Ok(());
         }
         let created = netns::create().inspect_err(|error| {
-            *closed = matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL));
-        });
-        self.prepared.lock().push(PreparedNetns(created?));
+            if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EINVAL)) {
+                self.closed.store(true, Ordering::SeqCst);
+            }
+        })?;
+        let mut prepared = self.prepared.lock();
+        // Another thread may have filled or closed the pool in this time.
+        if !self.closed.load(Ordering::SeqCst) && prepared.len() < self.capacity {
+            prepared.push(PreparedNetns(created));
+        }
         Ok(())
     }
 
     /// Discards all namespaces, and prepares no more.
     pub fn close(&self) {
-        *self.closed.lock() = true;
+        self.closed.store(true, Ordering::SeqCst);
         self.prepared.lock().clear();
     }
 }
