@@ -1,6 +1,7 @@
-//! Many tasks, again and again: no task gets the output or exit code of another, and nothing accumulates.
+//! Many tasks and large outputs, again and again: no task gets the output or exit code of another, nothing is lost, and
+//! nothing accumulates.
 
-use std::{future::Future, time::Duration};
+use std::{fmt::Write as _, future::Future, time::Duration};
 
 use futures_util::{StreamExt as _, stream};
 use nomad_driver_shim::{
@@ -77,6 +78,27 @@ async fn two_hundred_rounds_leave_nothing() {
     eprintln!("resident memory of the plugin: {before} kB before, {after} kB after {ROUNDS} rounds");
     // 200 records, connections and logs that were never freed would take many megabytes; allocator noise does not.
     assert!(after < before + 12_000, "resident memory grew from {before} to {after} kB");
+    env.finish().await;
+}
+
+/// An output of 50 MB is complete, thirty times in a row, as `nomad alloc exec` reads it (hashicorp/nomad#27146).
+#[tokio::test(flavor = "multi_thread")]
+async fn thirty_outputs_of_fifty_megabytes_are_complete() {
+    let mut env = Env::new().await;
+    let task = env.sh("seq 10000000 16249999 > /large && echo written; exec sleep 600").await;
+    task.says("written").await;
+    let mut expected = String::with_capacity(6_250_000 * 9);
+    for number in 10_000_000..16_250_000 {
+        writeln!(expected, "{number}").unwrap();
+    }
+    assert!(expected.len() > 50_000_000);
+    let command = ["/bin/sh", "-c", "cat /large; echo done >&2; exit 7"];
+    for round in 0..30 {
+        let seen = env.talk(&task, &command, false).await.unwrap().end().await;
+        assert!(seen.stdout == expected, "round {round}: {} of {} bytes", seen.stdout.len(), expected.len());
+        assert_eq!((seen.stderr.as_str(), seen.code), ("done\n", Some(7)), "round {round}");
+    }
+    env.destroy(&task).await.unwrap();
     env.finish().await;
 }
 
