@@ -148,10 +148,21 @@ fn bring_up_loopback(socket: &OwnedFd) -> io::Result<()> {
 
 /// Opens a socket in the namespace, where the socket stays.
 fn route_socket(namespace: &Path) -> io::Result<OwnedFd> {
+    in_namespace(namespace, own_route_socket)
+}
+
+/// Calls a function in a network namespace, and returns its result.
+///
+/// # Errors
+/// Fails when the namespace can't be entered, and as the function does.
+pub(crate) fn in_namespace<T: Send>(
+    namespace: &Path,
+    function: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
     let namespace = File::open(namespace)?;
     in_new_thread(|| {
         setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-        own_route_socket()
+        function()
     })
 }
 
@@ -167,7 +178,7 @@ fn own_route_socket() -> io::Result<OwnedFd> {
 /// stays there.
 fn in_new_thread<T: Send>(enter: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
-        let thread = thread::Builder::new().spawn_scoped(scope, enter)?;
+        let thread = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, enter)?;
         thread.join().map_err(|_| io::Error::other("the namespace's thread panicked"))?
     })
 }

@@ -6,15 +6,10 @@ use std::{
     path::Path,
 };
 
-use nix::{
-    ifaddrs::getifaddrs,
-    net::if_::InterfaceFlags,
-    sched::{CloneFlags, setns},
-    sys::socket::SockaddrStorage,
-};
+use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 
 use super::{NetworkNamespace, network};
-use crate::files::none_if_missing;
+use crate::{files::none_if_missing, netns::in_namespace};
 
 /// Returns the host's address as a task in this network sees it. In a group's namespace this is the default gateway,
 /// whose address Nomad's bridge has on the host. In the host's namespace it is the loopback address.
@@ -67,19 +62,6 @@ fn is_link_local(address: &IpAddr) -> bool {
         IpAddr::V4(address) => address.is_link_local(),
         IpAddr::V6(address) => address.is_unicast_link_local(),
     }
-}
-
-/// Calls a function in a network namespace, on a short-lived thread, and returns its result.
-fn in_namespace<T: Send + 'static>(
-    namespace: &Path,
-    function: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let namespace = fs::File::open(namespace)?;
-    let inside = std::thread::Builder::new().name("netns".to_owned()).spawn(move || {
-        setns(&namespace, CloneFlags::CLONE_NEWNET)?;
-        function()
-    })?;
-    inside.join().map_err(|_| io::Error::other("the thread that entered the group's network panicked"))?
 }
 
 #[cfg(test)]
