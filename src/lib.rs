@@ -122,6 +122,7 @@ pub mod places;
 pub mod plugin;
 pub mod privileges;
 pub mod process;
+mod process_name;
 pub mod rootfs;
 pub mod shim;
 pub mod size;

@@ -20,7 +20,7 @@ use crate::{
     containerd::{Client, Labels, LeaseId},
     files::none_if_missing,
     ids::{ChainId, Digest, random_hex},
-    process::ProcessId,
+    process_name,
 };
 
 /// Unpacks the layers that are not unpacked yet, and returns the chain id of all layers together; `None` for an image
@@ -126,26 +126,15 @@ pub(crate) struct Accounts {
     pub group: String,
 }
 
-/// The beginning of the names of directories at which the layers of an image are mounted for a moment: `view-`, the pid
-/// and the start time of the process that mounts them, and a random part.
+/// The prefix of the names of directories at which the layers of an image are mounted for a moment. The names contain
+/// the process that mounts them.
 const VIEW_PREFIX: &str = "view-";
-
-/// Returns a new name for a view of this process.
-fn new_view_name() -> io::Result<String> {
-    let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
-    Ok(format!("{VIEW_PREFIX}{pid}-{start}-{}", random_hex(6)))
-}
 
 /// Returns whether a name is that of a view whose process has ended. Names without a process are those of an earlier
 /// version.
 fn is_stale_view(name: &str) -> bool {
-    let Some(rest) = name.strip_prefix(VIEW_PREFIX) else { return false };
-    let mut parts = rest.split('-');
-    let mut number = || parts.next().and_then(|part| part.parse().ok());
-    match (number(), number()) {
-        (Some(pid), Some(start)) => u32::try_from(pid).is_ok_and(|pid| ProcessId { pid, start }.is_gone()),
-        _ => true,
-    }
+    let is_over = || process_name::creator(VIEW_PREFIX, name).is_none_or(|process| process.is_gone());
+    name.starts_with(VIEW_PREFIX) && is_over()
 }
 
 /// Unmounts and removes the mounts of images that killed processes have left in `scratch`. A mount that can't be removed
@@ -174,7 +163,7 @@ fn remove_view(path: &Path) -> io::Result<()> {
 /// # Errors
 /// Fails when the layers can't be mounted, or the mount can't be opened or detached.
 fn open_view(stack: &LayerStack, scratch: &Path) -> io::Result<File> {
-    let path = scratch.join(new_view_name()?);
+    let path = scratch.join(process_name::new_name(VIEW_PREFIX)?);
     fs::create_dir(&path)?;
     let opened = crate::overlay::mount_read_only(&stack.lowers, &stack.options, &path).and_then(|()| {
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
@@ -211,11 +200,12 @@ pub(crate) fn read_accounts(reference: &Reference, stack: &LayerStack, scratch: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::ProcessId;
 
     #[test]
     fn only_views_of_ended_processes_are_removed() {
         let scratch = tempfile::tempdir().expect("a directory");
-        let own = new_view_name().expect("a name");
+        let own = process_name::new_name(VIEW_PREFIX).expect("a name");
         // An earlier process had the pid of this one.
         let ProcessId { pid, start } = ProcessId::of(std::process::id()).expect("the start time can be read");
         let stale = [format!("view-{pid}-{}-ab", start + 1), "view-0123456789abcdef".to_owned()];

@@ -14,9 +14,9 @@ use std::{
 use crate::{
     cgroup::{CgroupPath, Cgroups},
     files::remove_dir_all_if_exists,
-    ids::random_hex,
     places::list_names,
     process::ProcessId,
+    process_name,
 };
 
 /// The beginning of a probe's name, which is also the name of its directory.
@@ -36,15 +36,12 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 /// # Errors
 /// When the start time of this process can't be read from /proc.
 pub(super) fn new_probe_name() -> io::Result<String> {
-    let ProcessId { pid, start } = ProcessId::of(std::process::id())?;
-    Ok(format!("{NAME_PREFIX}{pid}-{start}-{}", random_hex(6)))
+    process_name::new_name(NAME_PREFIX)
 }
 
 /// Returns the process that has created the probe of this name. `None` if the name does not contain it.
 fn creator(name: &str) -> Option<ProcessId> {
-    let mut parts = name.strip_prefix(NAME_PREFIX)?.split('-');
-    let process = ProcessId { pid: parts.next()?.parse().ok()?, start: parts.next()?.parse().ok()? };
-    parts.next().map(|_| process)
+    process_name::creator(NAME_PREFIX, name)
 }
 
 /// Returns the cgroup of a probe.
