@@ -225,12 +225,18 @@ mod tests {
     use super::*;
     use crate::logs::{LogOptions, LogSpec, create_task_dir, fifo_path};
 
+    /// Creates the directory of a task, with both FIFOs, and returns its path.
+    fn create_task(logs: &Path) -> PathBuf {
+        let dir = logs.join("task");
+        let spec = LogSpec { alloc_dir: "/x".into(), task: "task".to_owned(), options: LogOptions::default() };
+        create_task_dir(&dir, &spec, false).expect("created");
+        dir
+    }
+
     #[test]
     fn a_fifo_that_could_not_be_opened_is_opened_later() {
         let root = tempfile::tempdir().expect("a directory");
-        let dir = root.path().join("task");
-        let spec = LogSpec { alloc_dir: "/x".into(), task: "task".to_owned(), options: LogOptions::default() };
-        create_task_dir(&dir, &spec, false).expect("created");
+        let dir = create_task(root.path());
         let (fifo, hidden) = (fifo_path(&dir, "stderr"), dir.join("hidden"));
         fs::rename(&fifo, &hidden).expect("renamed");
         symlink("hidden", &fifo).expect("linked");
@@ -251,9 +257,7 @@ mod tests {
     #[test]
     fn a_fifo_that_can_not_be_opened_again_keeps_its_content() {
         let root = tempfile::tempdir().expect("a directory");
-        let dir = root.path().join("task");
-        let spec = LogSpec { alloc_dir: "/x".into(), task: "task".to_owned(), options: LogOptions::default() };
-        create_task_dir(&dir, &spec, false).expect("created");
+        let dir = create_task(root.path());
         let mut guards = Guards::new(root.path());
         guards.add_all().expect("listed");
         let (fifo, hidden) = (fifo_path(&dir, "stdout"), dir.join("hidden"));
@@ -271,7 +275,7 @@ mod tests {
         fs::rename(&hidden, &fifo).expect("renamed");
         // Another task has the name now: its FIFO is another one, and what the first task left is gone.
         fs::remove_dir_all(&dir).expect("removed");
-        create_task_dir(&dir, &spec, false).expect("created");
+        create_task(root.path());
         guards.add_all().expect("listed");
         open(&fifo).write_all(b"next").expect("written");
         open(&fifo).read_exact(&mut text).expect("read");

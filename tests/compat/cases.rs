@@ -234,7 +234,7 @@ fn namespaces() -> Vec<Case> {
 fn commands() -> Vec<Case> {
     vec![
         case("init", "--init", json!({"init": true})),
-        case("exec beside an init", "--init", json!({"init": true})).way(Way::Executed),
+        case("exec in a task with an init", "--init", json!({"init": true})).way(Way::Executed),
         case("exec", "", json!({})).way(Way::Executed),
         case("exec with a terminal", "", json!({})).way(Way::ExecutedWithTerminal),
         case("exec in a privileged task", "--privileged --runtime bounded", json!({"privileged": true}))

@@ -65,7 +65,7 @@ const fn runc(key: &'static str, docker: &'static str, ours: &'static str) -> Li
 /// The cases of commands that are executed without input.
 const EXECUTED: &[&str] = &[
     "exec",
-    "exec beside an init",
+    "exec in a task with an init",
     "exec as the task's user",
     "exec in a task with a terminal",
     "exec in a privileged task",
@@ -75,7 +75,7 @@ const EXECUTED: &[&str] = &[
 const PRIVILEGED: &[&str] = &["privileged", "exec in a privileged task"];
 
 /// The cases of tasks with an init.
-const INIT: &[&str] = &["init", "exec beside an init"];
+const INIT: &[&str] = &["init", "exec in a task with an init"];
 
 /// All intended differences.
 pub(crate) const DIFFERENCES: &[Difference] = &[
